@@ -1,0 +1,178 @@
+"""What the parts hand each other: specs, chunks, batches and requests, and the three Protocols that users may implement.
+
+Axis convention: an array of an input has the rows along its *batch axis*; everything else is the shape of one row.
+"""
+
+from __future__ import annotations
+
+import collections
+import keyword
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+
+from input_workers.errors import ConfigError, SpecMismatch
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike, NDArray
+
+__all__ = ["ArraySpec", "Chunk", "DeviceFeed", "FetchRequest", "FetcherBackend", "Slot", "Source", "batch_type"]
+
+RESERVED_INPUT_NAMES = frozenset({"epoch", "valid_rows"})
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class ArraySpec:
+    """What one row of an input looks like.
+
+    Attributes:
+        shape: the shape of one row, the batch axis left out: `(224, 224, 3)`; `()` for a label.
+        dtype: the exact dtype, byte order included.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def __init__(self, shape: Sequence[int], dtype: DTypeLike) -> None:
+        object.__setattr__(self, "shape", tuple(int(side) for side in shape))
+        object.__setattr__(self, "dtype", np.dtype(dtype))
+        if any(side < 0 for side in self.shape):
+            raise ConfigError(f"ArraySpec: a side is negative in shape {self.shape}")
+        if self.dtype.hasobject:
+            raise SpecMismatch(f"ArraySpec: dtype {self.dtype} holds Python objects; wanted fixed-size values")
+
+    def batch_shape(self, rows: int, axis: int) -> tuple[int, ...]:
+        """Return the shape of `rows` rows with the batch axis at `axis`."""
+        return (*self.shape[:axis], rows, *self.shape[axis:])
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+class FetchRequest:
+    """A numbered call for given rows of a Stream. Belongs to the thread that fetches it.
+
+    Attributes:
+        index: the number of the request, counted over all epochs.
+        epoch: the epoch its rows belong to, from 0.
+        worker_id: the fetcher that serves it.
+        batch_size: rows of a batch as it is delivered, a hint.
+        rows: the row numbers wanted, a read-only int64 array.
+        out: memory to write into, one array per input, or None where it is not offered.
+    """
+
+    __slots__ = ("_rng", "_seed", "batch_size", "epoch", "index", "out", "rows", "worker_id")
+
+    def __init__(
+        self, index: int, epoch: int, rows: NDArray[np.int64], *, worker_id: int = 0, batch_size: int = 0, seed: int = 0
+    ) -> None:
+        self.index = index
+        self.epoch = epoch
+        self.rows = rows
+        self.worker_id = worker_id
+        self.batch_size = batch_size
+        self.out: list[NDArray[Any]] | None = None
+        self._seed = seed
+        self._rng: np.random.Generator | None = None
+
+    @property
+    def rng(self) -> np.random.Generator:
+        """Random numbers that depend on seed, epoch and index alone, never on who fetches. Made at first use."""
+        if self._rng is None:
+            self._rng = np.random.default_rng((self._seed, self.epoch, self.index))
+        return self._rng
+
+
+# (arrays, rows, nbytes, request): one array per input; a plain tuple, because one is made for every call of the fetch
+# function. The request is None for a plain function. rows == 0 marks the end of the request's epoch.
+Chunk: TypeAlias = "tuple[Sequence[NDArray[Any]], int, int, FetchRequest | None]"
+
+
+class Slot:
+    """Host memory in which a batch is assembled, one array per input, of the delivered shape and C-contiguous."""
+
+    __slots__ = ("arrays", "epoch", "filled", "rows")
+
+    def __init__(self, arrays: Sequence[NDArray[Any]], rows: int, filled: int = 0, epoch: int = 0) -> None:
+        self.arrays = arrays
+        self.rows = rows
+        self.filled = filled  # real rows, from the first; a padded slot stays below `rows`
+        self.epoch = epoch  # of its first row
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Rows by number. `fetch` is called from many threads or processes at once and must not depend on which."""
+
+    def __len__(self) -> int:
+        """Return the number of rows; it must not change."""
+
+    def fetch(self, rows: NDArray[np.int64], request: FetchRequest) -> Sequence[NDArray[Any]]:
+        """Return one array per input, each with exactly `len(rows)` rows along its batch axis, in that order."""
+
+
+@runtime_checkable
+class DeviceFeed(Protocol):
+    """Moves a slot to a device, in two halves: `send` on the enqueuer's thread, `receive` on the trainer's.
+
+    `chunk_alignment`: a chunk that is exactly a batch is sent as it is, not copied into a slot, if its arrays are aligned
+    to this many bytes (1: always); None: never.
+    """
+
+    chunk_alignment: int | None
+
+    def open(self, specs: Sequence[ArraySpec], batch_size: int) -> None:
+        """Called once before the first `send`, on the enqueuer's thread, when the specs are known."""
+
+    def send(self, slot: Slot) -> Any:
+        """Start moving the slot to the device; return a ticket. May raise: the batch counts as `device_error`."""
+
+    def receive(self, ticket: Any) -> Sequence[Any]:
+        """Return the arrays on the device, ready for the calling thread's next operation."""
+
+    def close(self) -> None:
+        """Give back what `open` took. Called once after every `open`, when no `send` is running."""
+
+
+class FetcherBackend(Protocol):
+    """Runs the fetch loop in `count` fetchers. What they share is handed in; see `fetchers/threads.py`, the reference."""
+
+    def start(self) -> None:
+        """Start every fetcher, or none: what was started is ended again when one cannot be."""
+
+    def check_calls(self, now: float) -> float:
+        """Fail the source for a call that runs too long; return when to look again (`inf`: never)."""
+
+    def join(self, deadline: float) -> list[tuple[str, str]]:
+        """Wait until the fetchers ended or `time.monotonic()` reached `deadline`; return (name, stack) of the rest."""
+
+
+def batch_type(name: str, input_names: Sequence[str]) -> type[Any]:
+    """Return the namedtuple type of a source's batches, with `epoch` and `valid_rows` as attributes.
+
+    Raises:
+        ConfigError: a name is not an identifier, is a keyword, is used twice, begins with an underscore or is reserved.
+    """
+    names = list(input_names)
+    if isinstance(input_names, str) or not names:
+        raise ConfigError(f"input_names: got {input_names!r}; wanted at least one name, such as ['data', 'label']")
+    for each in names:
+        if not isinstance(each, str) or not each.isidentifier() or keyword.iskeyword(each) or each.startswith("_"):
+            raise ConfigError(
+                f"input_names: {each!r} is no usable name; wanted an identifier, no keyword, no leading underscore"
+            )
+        if each in RESERVED_INPUT_NAMES:
+            raise ConfigError(f"input_names: {each!r} is an attribute of every batch; wanted another name")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"input_names: got {names}; wanted each name once")
+    fields = collections.namedtuple("Batch", names)  # type: ignore[misc]  # noqa: PYI024  the names are known here only
+    doc = f"A batch of source {name!r}. `epoch`: of its first row. `valid_rows`: rows that are real, not padding."
+    return type("Batch", (fields,), {"__doc__": doc, "epoch": 0, "valid_rows": 0, "__module__": __name__})
+
+
+# What the user passes as fetch_fun, besides a Stream.
+FetchFunction: TypeAlias = Callable[[int, int], "Sequence[NDArray[Any]] | None"]

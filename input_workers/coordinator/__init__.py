@@ -1,0 +1,1 @@
+"""What a trainer calls; the only place that knows all parts."""

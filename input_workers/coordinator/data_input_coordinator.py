@@ -1,0 +1,158 @@
+"""The handle of a source: what a trainer iterates. Batches come out."""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from typing import Any, NoReturn
+
+from input_workers.contracts import ArraySpec
+from input_workers.coordinator.run import Run
+from input_workers.coordinator.source_core import SourceCore
+from input_workers.errors import ConfigError, EndOfData
+from input_workers.metrics.snapshot import DeviceStats, SourceStats
+
+__all__ = ["DataInputCoordinator", "DeviceInput"]
+
+
+class DeviceInput:
+    """One device of a source: iterate it, or ask for `next_batch`. Thread-safe: each batch goes to one caller.
+
+    A batch is a namedtuple of the input names, with `epoch` (of its first row) and `valid_rows` (without padding).
+    """
+
+    def __init__(self, core: SourceCore, name: str) -> None:
+        self._core = core
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """ "gpu_0/train": its key in the coordinator."""
+        return self._name
+
+    def next_batch(self, timeout_s: float | None = None) -> Any:
+        """Return the next batch, exactly `batch_size` rows unless it is the last of an epoch or stream.
+
+        Args:
+            timeout_s: how long to wait, in seconds; None: the source's `timeout_s`; inf: for ever; 0: not at all.
+
+        Raises:
+            WaitTimeout: none came in time; nothing is lost, ask again.
+            EndOfData: no batch is left, in this epoch (`epoch_end="break"`) or at all.
+            SourceFailed, FeedFailed: the source broke; the cause is the first failure. Every later call raises it too.
+            QueueClosed: it was stopped.
+            LifecycleError: it was never started.
+        """
+        core = self._core
+        if timeout_s is None:
+            timeout_s = core.settings.timeout_s
+        elif not timeout_s >= 0.0:
+            raise ConfigError(f"timeout_s: got {timeout_s!r}; wanted seconds of at least 0 (inf: without an end)")
+        run = core.run or core.started_run()
+        return run.next_batch(run.devices[self._name], timeout_s)
+
+    def __iter__(self) -> DeviceInput:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return self.next_batch()
+        except EndOfData:
+            raise StopIteration from None
+
+    def stats(self) -> DeviceStats:
+        """Return the numbers of this device."""
+        return self._core.stats().devices[self._name]
+
+    def stop(self) -> None:
+        """Take the device out of the rotation; what was queued for it is `stopped`. The others go on."""
+        self._core.started_run().stop_device(self._name)
+
+
+class DataInputCoordinator:
+    """A source: iterate it, where it has one device. Thread-safe: each batch goes to one caller.
+
+    It is an object with `__next__`, never a generator: a `WaitTimeout` in a `for` leaves it as it was.
+    """
+
+    def __init__(self, core: SourceCore) -> None:
+        self._core = core
+        self._only: DeviceInput | None = None  # kept, because `next_batch` is called for each batch
+
+    @property
+    def name(self) -> str:
+        """The name of the source."""
+        return self._core.settings.name
+
+    def device(self) -> DeviceInput:
+        """Return its device. Raises ConfigError, naming them, where it has several."""
+        if self._only is None:
+            names = list(self._core.devices)
+            if len(names) != 1:
+                raise ConfigError(f"source {self.name!r} has several devices; wanted one of coordinator[...] for {names}")
+            self._only = DeviceInput(self._core, names[0])
+        return self._only
+
+    def next_batch(self, timeout_s: float | None = None) -> Any:
+        """Return the next batch of the only device; see `DeviceInput.next_batch`."""
+        return (self._only or self.device()).next_batch(timeout_s)
+
+    def __iter__(self) -> DataInputCoordinator:
+        self.device()
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return (self._only or self.device()).next_batch()
+        except EndOfData:
+            raise StopIteration from None
+
+    def specs(self, timeout_s: float | None = None) -> tuple[ArraySpec, ...]:
+        """Return what one row of each input looks like: as given, or as in the first chunk, which is waited for.
+
+        Raises:
+            WaitTimeout: no chunk came in time.
+            EndOfData, SourceFailed: none will come.
+            LifecycleError: the specs were not given and the source was never started.
+        """
+        core = self._core
+        if core.book.specs is not None:
+            return core.book.specs
+        run = core.started_run()
+        try:
+            return core.book.wait(core.settings.timeout_s if timeout_s is None else timeout_s)
+        except EndOfData:
+            if run.signal.failure is not None:
+                raise run.signal.failure.exception() from run.signal.failure.cause
+            raise
+
+    def stats(self) -> SourceStats:
+        """Return the numbers of this moment. Takes microseconds; counts go on over stop and start."""
+        return self._core.stats()
+
+    def put_metric(self, key: str, value: float, count: bool = True) -> None:
+        """Add to a sum that external loggers get, of their interval, as `key`, and how often as `key_count`."""
+        self._core.recorder.put_metric(key, value, count)
+
+    def stop(self, timeout_s: float = 5.0) -> bool:
+        """Stop this source alone; True: everything ended. Every waiting and later read raises QueueClosed."""
+        self._core.abort()
+        stuck, wrong = self._core.join(time.monotonic() + min(timeout_s, math.inf))
+        return not stuck and not wrong
+
+    def state_dict(self, delivered: int | None = None) -> NoReturn:
+        """Not built yet."""
+        raise ConfigError("state_dict is not built yet")
+
+    def load_state_dict(self, state: dict[str, Any]) -> NoReturn:
+        """Not built yet."""
+        raise ConfigError("load_state_dict is not built yet")
+
+    def trace(self, path: str, seconds: float = 5.0) -> NoReturn:
+        """Not built yet."""
+        raise ConfigError("trace is not built yet")
+
+    def _end_with(self, run: Run) -> None:
+        """Let the run end when nobody holds this handle any more. The finalizer only sets the signal."""
+        weakref.finalize(self, run.request_stop).atexit = False

@@ -1,0 +1,278 @@
+"""All sources of a trainer: they are started and stopped together. The only place that knows every part."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import MappingProxyType, TracebackType
+from typing import Any, NoReturn, Self
+
+from input_workers.contracts import DeviceFeed
+from input_workers.coordinator.data_input_coordinator import DataInputCoordinator, DeviceInput
+from input_workers.coordinator.reporter import LoggerFeed, Ticker, log, log_line
+from input_workers.coordinator.settings import DeviceSettings, SourceSettings
+from input_workers.coordinator.source_core import SourceCore
+from input_workers.errors import ConfigError, LifecycleError
+from input_workers.lifecycle import State
+from input_workers.metrics.snapshot import SourceStats, StopReport, StuckThread
+
+__all__ = ["GlobalCoordinator"]
+
+
+class GlobalCoordinator:
+    """Starts and stops sources together. Thread-safe; a context manager that starts on entry and stops on exit.
+
+    Attributes:
+        last_stop: how the last stop went, or None.
+    """
+
+    # Invariant under _changed: one thread, `_owner`, is starting or stopping; others wait. `_sources` maps a source's
+    # name to its handle and core, which are never replaced.
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._state = State.NEW
+        self._owner: int | None = None
+        self._sources: dict[str, tuple[DataInputCoordinator, SourceCore]] = {}
+        self._tickers: list[Ticker] = []
+        self._logged: list[SourceCore] = []  # shared with the thread that writes log lines, which knows no coordinator
+        self._worker_ids = itertools.count()
+        self.last_stop: StopReport | None = None
+
+    def add(self, settings: SourceSettings, device: DeviceSettings, num_workers: int) -> DataInputCoordinator:
+        """Register a source, or a further device of one; see `init_data_input_workers`."""
+        with self._changed:
+            known = self._sources.get(settings.name)
+            if known is None:
+                core = SourceCore(settings)
+                handle = DataInputCoordinator(core)
+            else:
+                handle, core = known
+                if core.device_name(device.name_scope) in core.devices:
+                    raise ConfigError(
+                        f"source {core.device_name(device.name_scope)!r} is registered already; wanted another "
+                        "input_source_name, or another name_scope for a further device of the same source"
+                    )
+                differing = core.settings.difference(settings)
+                if differing is not None:
+                    raise ConfigError(
+                        f"source {settings.name!r} is registered already with another {differing}; a further device "
+                        "needs the same fetch function and settings"
+                    )
+                if bool(core.worker_ids) != bool(num_workers):
+                    raise ConfigError(f"source {settings.name!r}: num_workers=0 for one device and not for another")
+            core.add_device(device, [next(self._worker_ids) for _ in range(num_workers)])
+            self._sources[settings.name] = handle, core
+            return handle
+
+    def start(self) -> None:
+        """Start every source that does not run. All are started, or none is; idempotent.
+
+        Raises:
+            LifecycleError: called by an init function.
+            Exception: what an init function raised, or what starting a thread did; nothing runs then.
+        """
+        with self._transition(State.STARTING, math.inf) as before:
+            chosen = [(handle, core) for handle, core in self._copy() if not core.is_running]
+            if not chosen:
+                return
+            new = [pair for pair in chosen if not pair[1].initialised]
+            try:
+                for _, core in chosen:
+                    core.prepare()
+                for handle, core in new:
+                    if core.settings.init_fun is not None:
+                        core.settings.init_fun(handle, self)
+                    core.initialised = True
+                for handle, core in chosen:
+                    core.start()
+                    handle._end_with(core.started_run())
+                self._start_tickers([core for _, core in chosen], first=before is not State.RUNNING)
+            except BaseException:
+                for _, core in new:
+                    core.initialised = False
+                for _, core in chosen:
+                    core.abort()
+                deadline = time.monotonic() + UNDO_SECONDS
+                for _, core in chosen:
+                    core.join(deadline)
+                self._state = before
+                raise
+            self._state = State.RUNNING
+
+    def _start_tickers(self, cores: list[SourceCore], first: bool) -> None:
+        tickers = [
+            Ticker(f"logger-{core.settings.name}", LoggerFeed(core, logger).tick)
+            for core in cores
+            for logger in core.settings.external_loggers
+        ]
+        if first:
+            self._logged = []
+            tickers.append(Ticker("input-workers-log", self._log_lines(self._logged)))
+        self._logged += cores
+        for ticker in tickers:
+            ticker.start()
+            self._tickers.append(ticker)
+
+    @staticmethod
+    def _log_lines(cores: list[SourceCore]) -> Callable[[], None]:
+        def write() -> None:
+            for core in list(cores):
+                log_line(core)
+
+        return write
+
+    def stop(self, timeout_s: float = 5.0) -> bool:
+        """Stop every source; True: everything ended. `last_stop` says more. Idempotent; it may be started again.
+
+        Args:
+            timeout_s: one deadline for everything, in seconds. What is stuck then is named, and left.
+
+        Raises:
+            LifecycleError: called by an init function.
+        """
+        started = time.monotonic()
+        deadline = started + timeout_s
+        with self._transition(State.STOPPING, timeout_s) as before:
+            if before is State.NEW:
+                self._state = State.NEW
+                return True
+            self._state = State.STOPPED
+            tickers = self._tickers
+            for _, core in self._copy():
+                core.abort()
+            for ticker in tickers:
+                ticker.request_stop()
+            stuck: tuple[StuckThread, ...] = ()
+            failures: dict[str, str] = {}
+            ledgers: dict[str, str] = {}
+            for _, core in self._copy():
+                more, wrong = core.join(deadline)
+                stuck += more
+                failure = core.run.signal.failure if core.run is not None else None
+                messages = [failure.message] if failure is not None else []
+                for message in wrong:
+                    log.error("%s", message)
+                if messages or wrong:
+                    failures[core.settings.name] = "; ".join([*messages, *wrong])
+                ledgers[core.settings.name] = core.stats().ledger
+            hanging = [(ticker, ticker.join(deadline)) for ticker in tickers]
+            self._tickers = [ticker for ticker, alive in hanging if alive]
+            stuck += tuple(StuckThread(*each) for _, alive in hanging for each in alive)
+            self.last_stop = StopReport(
+                ended=not stuck,
+                stuck=stuck,
+                failures=MappingProxyType(failures),
+                ledgers=MappingProxyType(ledgers),
+                seconds=time.monotonic() - started,
+            )
+            if stuck:
+                log.warning("stop: %d threads did not end: %s", len(stuck), ", ".join(each.name for each in stuck))
+            return not stuck
+
+    @contextlib.contextmanager
+    def _transition(self, state: State, timeout_s: float) -> Iterator[State]:
+        """Be the one who starts or stops; yields the state before, and leaves the state that the body sets."""
+        me = threading.get_ident()
+        with self._changed:
+            if self._owner == me:
+                raise LifecycleError(f"{state.value} while {self._state.value}: not from an init function")
+            timeout = None if timeout_s == math.inf else min(timeout_s, threading.TIMEOUT_MAX)
+            if not self._changed.wait_for(lambda: self._owner is None, timeout):
+                raise LifecycleError(f"{state.value}: the coordinator has been {self._state.value} for {timeout_s:g} s")
+            before, self._state, self._owner = self._state, state, me
+        try:
+            yield before
+        finally:
+            with self._changed:
+                if self._state is state:  # nothing was to be done
+                    self._state = before
+                self._owner = None
+                self._changed.notify_all()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+        if error is not None and self.last_stop is not None:
+            for name, failure in self.last_stop.failures.items():
+                error.add_note(f"input source {name!r}: {failure}")
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a source by its name, or one of its devices by "gpu_0/train"."""
+        scope, _, name = key.rpartition("/")
+        known = self._sources.get(name)
+        if known is None:
+            raise KeyError(f"no source {name!r}; there are {list(self._sources)}")
+        handle, core = known
+        if not scope:
+            return handle
+        if key not in core.devices:
+            raise KeyError(f"source {name!r} has no device {key!r}; it has {list(core.devices)}")
+        return DeviceInput(core, key)
+
+    def __iter__(self) -> Iterator[DataInputCoordinator]:
+        return iter([handle for handle, _ in self._copy()])
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def get_new_worker_id(self) -> int:
+        """Return a worker id that nobody has."""
+        return next(self._worker_ids)
+
+    def get_worker_ids(self) -> list[int]:
+        """Return the ids of all fetchers."""
+        return [worker_id for _, core in self._copy() for worker_id in core.worker_ids]
+
+    def stats(self) -> dict[str, SourceStats]:
+        """Return the numbers of every source, by name."""
+        return {core.settings.name: core.stats() for _, core in self._copy()}
+
+    def reset_data_input(self, name_scope: str, name: str, feed: str | DeviceFeed, batch_size: int) -> None:
+        """Let a device of a source have another feed or batch size, from the next slot that is begun."""
+        device = DeviceSettings.checked(name_scope, feed, batch_size)
+        with self._changed:
+            known = self._sources.get(name)
+            if known is None or known[1].device_name(name_scope) not in known[1].devices:
+                raise ConfigError(f"reset_data_input: no device {name_scope!r} of a source {name!r}; there are {self._keys()}")
+            core = known[1]
+            core.devices[core.device_name(name_scope)] = device
+            if core.run is not None:
+                core.run.retarget(core.device_name(name_scope), device)
+
+    def state_dict(self) -> NoReturn:
+        """Not built yet."""
+        raise ConfigError("state_dict is not built yet")
+
+    def load_state_dict(self, state: dict[str, Any]) -> NoReturn:
+        """Not built yet."""
+        raise ConfigError("load_state_dict is not built yet")
+
+    def save_state(self, path: str) -> NoReturn:
+        """Not built yet."""
+        raise ConfigError("save_state is not built yet")
+
+    def load_state(self, path: str) -> NoReturn:
+        """Not built yet."""
+        raise ConfigError("load_state is not built yet")
+
+    def _copy(self) -> list[tuple[DataInputCoordinator, SourceCore]]:
+        with self._changed:
+            return list(self._sources.values())
+
+    def _keys(self) -> list[str]:
+        return [name for _, core in self._sources.values() for name in core.devices]
+
+    def __repr__(self) -> str:
+        return f"<GlobalCoordinator {self._state.value}: {', '.join(self._keys()) or 'no source'}>"
+
+
+# How long a start that failed waits for the threads it has started.
+UNDO_SECONDS = 5.0

@@ -1,0 +1,109 @@
+"""`num_workers=0`: fetch and re-chunk in the trainer's own thread, for breakpoints and tests. A wish for a batch goes in,
+calls are made until one is there."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from input_workers.contracts import Chunk
+from input_workers.errors import Failure, LifecycleError
+from input_workers.fetchers.chunk_check import ChunkCheck
+from input_workers.fetchers.fetch_loop import Calls, fetch_loop
+from input_workers.flow.chunk_queue import ChunkQueue
+from input_workers.flow.device_queue import DeviceQueue
+from input_workers.flow.enqueuer import Enqueuer
+from input_workers.lifecycle import StopSignal
+from input_workers.metrics.recorder import FetcherRecorder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["InlineFetcher"]
+
+
+class InlineFetcher:
+    """The fetch loop and the enqueuer, driven by `provide`. One thread at a time."""
+
+    pack_below_nbytes = 0  # a breakpoint shows chunks as they came
+
+    def __init__(
+        self,
+        source: str,
+        calls: Calls,
+        check: ChunkCheck,
+        chunks: ChunkQueue,
+        enqueuer: Enqueuer,
+        signal: StopSignal,
+        recorder: FetcherRecorder,
+    ) -> None:
+        self._source = source
+        self._calls = calls
+        self._check = check
+        self._chunks = chunks
+        self._enqueuer = enqueuer
+        self._signal = signal
+        self._recorder = recorder
+        self._in_use = threading.Lock()  # held while foreign code runs, but never waited for
+        self._wanted_by: DeviceQueue | None = None
+        self._deadline = math.inf
+        self._tried = False  # one call is made even where no time is given
+
+    def provide(self, device: DeviceQueue, timeout_s: float) -> None:
+        """Fetch until the device has a batch, the data end, a call fails, or no data came in time.
+
+        Raises:
+            LifecycleError: another thread, or the fetch function itself, is in here.
+        """
+        if not device.is_empty:
+            return
+        if not self._in_use.acquire(blocking=False):
+            raise LifecycleError(
+                f"source {self._source!r}: with num_workers=0 one thread reads at a time, and not from its own fetch function"
+            )
+        try:
+            self._wanted_by = device
+            self._deadline = time.monotonic() + timeout_s
+            self._tried = False
+            ended = fetch_loop(self._source, self._calls, self._check, self, self._recorder, self, self._fail)
+            if ended or self._signal.failure is not None:
+                self._chunks.close()
+                self._enqueuer.finish()
+                self._enqueuer.put_down()
+        finally:
+            self._in_use.release()
+
+    def pack(self, arrays: Sequence[NDArray[Any]], rows: int, nbytes: int) -> bool:
+        """Never packs."""
+        return False
+
+    def offer(self, chunk: Chunk) -> bool:
+        """Deliver the chunk at once."""
+        self._tried = True
+        if self._signal.stopping or not self._chunks.put(chunk):
+            return False
+        return self._enqueuer.deliver(self._chunks.take(0))
+
+    def put(self, chunk: Chunk) -> bool:
+        """An offer is refused only when the run has ended."""
+        return False
+
+    def is_set(self) -> bool:
+        """Whether to stop fetching, for now or for good."""
+        assert self._wanted_by is not None  # noqa: S101  set by provide
+        if not self._wanted_by.is_empty or self._signal.stopping or self._signal.failure is not None:
+            return True
+        return self._tried and time.monotonic() >= self._deadline
+
+    def wait(self, timeout: float) -> object:
+        """Wait before asking again when there is no data now."""
+        self._tried = True
+        return self._signal.ended.wait(min(timeout, max(0.0, self._deadline - time.monotonic())))
+
+    def _fail(self, failure: Failure) -> None:
+        if failure.cause is not None and not isinstance(failure.cause, Exception):
+            raise failure.cause  # Ctrl-C in the trainer's own thread is the trainer's
+        self._signal.fail(failure)

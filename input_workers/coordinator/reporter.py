@@ -1,0 +1,101 @@
+"""Numbers of a source go in, log lines and calls of external loggers come out, every 60 s and at stop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from input_workers.coordinator.source_core import SourceCore
+from input_workers.fetchers.threads import join_threads
+
+__all__ = ["INTERVAL_SECONDS", "LoggerFeed", "Ticker", "log_line"]
+
+log = logging.getLogger("input_workers")
+
+INTERVAL_SECONDS = 60.0
+
+
+class Ticker:
+    """Calls a function every `interval_s`, in a daemon thread of its own, and once more when it is stopped."""
+
+    def __init__(self, name: str, tick: Callable[[], None], interval_s: float | None = None) -> None:
+        self._tick = tick
+        self._interval_s = INTERVAL_SECONDS if interval_s is None else interval_s
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            self._tick()
+        self._tick()
+
+    def request_stop(self) -> None:
+        """Ask for the last call."""
+        self._stopped.set()
+
+    def join(self, deadline: float) -> list[tuple[str, str]]:
+        """Wait for it until `time.monotonic()` reaches the deadline; return (name, stack) if it hangs."""
+        return join_threads([self._thread], deadline)
+
+
+def log_line(core: SourceCore) -> None:
+    """Write the numbers of a source to the log."""
+    stats = core.stats()
+    log.info(
+        "source %r: %.1f inputs/sec, queue depth %.1f batches, %s",
+        core.settings.name,
+        stats.inputs_per_second,
+        stats.queue_depth,
+        stats.ledger,
+    )
+
+
+class LoggerFeed:
+    """Gives an external logger the numbers of its interval. Whatever the logger does disturbs nobody else."""
+
+    def __init__(self, core: SourceCore, logger: Any) -> None:
+        self._core = core
+        self._logger = logger
+        self._since = time.monotonic()
+        self._before = self._sums()
+        self._put_before = core.recorder.put_metrics()
+
+    def _sums(self) -> dict[str, float]:
+        stats = self._core.stats()
+        sends = [device.send for device in stats.devices.values()]
+        return {
+            "rows": stats.rows_delivered,
+            "fetcher_time": stats.fetch.seconds,
+            "fetcher_time_count": stats.fetch.count,
+            "enqueue_time": sum(send.seconds for send in sends),
+            "enqueue_time_count": sum(send.count for send in sends),
+        }
+
+    def tick(self) -> None:
+        """Call the logger once."""
+        now, sums, put = time.monotonic(), self._sums(), self._core.recorder.put_metrics()
+        elapsed = now - self._since
+        metrics: dict[str, float] = {
+            "inputs_per_sec": (sums["rows"] - self._before["rows"]) / elapsed if elapsed > 0 else 0.0,
+            "queue_size": self._core.stats().queue_depth,
+            "time_elapsed": elapsed,
+        }
+        for key in sums.keys() - {"rows"}:
+            metrics[key] = sums[key] - self._before[key]
+        for key, (total, times) in put.items():
+            total_before, times_before = self._put_before.get(key, (0.0, 0))
+            metrics[key] = total - total_before
+            if times:
+                metrics[f"{key}_count"] = times - times_before
+        self._since, self._before, self._put_before = now, sums, put
+        try:
+            self._logger.log(metrics)
+        except Exception:
+            log.exception("source %r: the external logger %r raised", self._core.settings.name, type(self._logger).__name__)

@@ -1,0 +1,190 @@
+"""Everything of a source but the handle that its user holds: settings, counters, and the run, if there is one."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from input_workers.contracts import batch_type
+from input_workers.coordinator.run import Run
+from input_workers.coordinator.settings import DeviceSettings, SourceSettings
+from input_workers.errors import ConfigError, LifecycleError
+from input_workers.fetchers.chunk_check import SpecBook
+from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, Histogram, SourceRecorder
+from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
+
+__all__ = ["SourceCore"]
+
+
+class SourceCore:
+    """A source. Thread-safe; starting and stopping are the coordinator's, one at a time."""
+
+    # Invariant under _lock: `run` is the one that was started last; `_unended` holds earlier and current runs whose
+    # threads have not all ended.
+
+    def __init__(self, settings: SourceSettings) -> None:
+        self.settings = settings
+        self.devices: dict[str, DeviceSettings] = {}
+        self.worker_ids: list[int] = []
+        self.device_recorders: dict[str, DeviceRecorder] = {}
+        self.recorder = SourceRecorder(self.device_recorders)
+        self.book = SpecBook(settings.name, settings.input_names, settings.batch_axes)
+        if settings.specs is not None:
+            self.book.learn(settings.specs)
+        self.make_batch: Callable[[Sequence[Any]], Any] = batch_type(settings.name, settings.input_names)._make
+        self.initialised = False
+        self.run: Run | None = None
+        self._lock = threading.Lock()
+        self._unended: list[Run] = []
+        self._prepared: Run | None = None
+
+    def device_name(self, name_scope: str) -> str:
+        """Return "gpu_0/train", or "train" without a scope."""
+        return f"{name_scope}/{self.settings.name}" if name_scope else self.settings.name
+
+    def add_device(self, device: DeviceSettings, worker_ids: Sequence[int]) -> None:
+        """Add a device and its workers. Raises ConfigError if the name is taken, LifecycleError while it runs."""
+        name = self.device_name(device.name_scope)
+        with self._lock:
+            if name in self.devices:
+                raise ConfigError(f"{name!r} is registered already; wanted another input_source_name or name_scope")
+            if self.is_running:
+                raise LifecycleError(f"source {self.settings.name!r} is running; add devices before it is started")
+            self.device_recorders[name] = DeviceRecorder()
+            self.devices[name] = device
+            self.worker_ids += worker_ids
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and not stopped; it may have ended by itself."""
+        return self.run is not None and not self.run.signal.stopping
+
+    def prepare(self) -> None:
+        """Make the next run, its feeds too: here frameworks are imported. Nothing is started."""
+        self._prepared = Run(self.settings, self.devices, self.worker_ids, self.book, self.recorder, self.make_batch)
+
+    def start(self) -> None:
+        """Start what was prepared."""
+        run, self._prepared = self._prepared, None
+        assert run is not None  # noqa: S101  prepared just before
+        run.start()
+        with self._lock:
+            self.run = run
+            self._unended.append(run)
+
+    def abort(self) -> None:
+        """First phase of a stop: flag and wake everybody."""
+        for run in self._runs():
+            run.abort()
+
+    def join(self, deadline: float) -> tuple[tuple[StuckThread, ...], tuple[str, ...]]:
+        """Second phase: wait until the deadline; return (what is stuck, what went wrong)."""
+        stuck: tuple[StuckThread, ...] = ()
+        wrong: tuple[str, ...] = ()
+        for run in self._runs():
+            more_stuck, more_wrong = run.stop(deadline)
+            stuck += more_stuck
+            wrong += more_wrong
+            if not more_stuck:
+                with self._lock:
+                    if run in self._unended:
+                        self._unended.remove(run)
+        return stuck, wrong
+
+    def _runs(self) -> list[Run]:
+        with self._lock:
+            return list(self._unended)
+
+    def started_run(self) -> Run:
+        """Return the last run. Raises LifecycleError before the first start."""
+        if self.run is None:
+            raise LifecycleError(f"source {self.settings.name!r} was not started; call start() first")
+        return self.run
+
+    def stats(self) -> SourceStats:
+        """Return the numbers of this moment."""
+        now = time.monotonic()
+        run = self.run
+        dropped, delivered, fetched = self.recorder.rows()
+        fetchers = self.recorder.fetchers()
+        calls = _histogram(Histogram.merged(recorder.calls for recorder in fetchers))
+        errors: dict[str, int] = {}
+        for recorder in fetchers:
+            for name, count in recorder.errors.items():
+                errors[name] = errors.get(name, 0) + count
+        weight, nbytes = run.chunks.charged if run is not None else (0, 0)
+        unit = max(device.batch_size for device in self.devices.values()) if self.settings.rebatch else 1
+        devices = {name: self._device_stats(name, now) for name in self.devices}
+        enqueuer_blocked = self.recorder.enqueuer_blocked_seconds + _since(self.recorder.enqueuer_blocked_since, now)
+        wait = sum(device.wait_seconds for device in devices.values())
+        enqueuer_busy = sum(device.send.seconds for device in devices.values())
+        alive = sum(recorder.alive for recorder in fetchers) if run is not None else 0
+        return SourceStats(
+            rows_fetched=fetched,
+            rows_delivered=delivered,
+            rows_in_flight=fetched - delivered - sum(dropped.values()),
+            rows_dropped=MappingProxyType(dropped),
+            rows_padded=sum(device.rows_padded for device in devices.values()),
+            batches_delivered=sum(device.batches_delivered for device in devices.values()),
+            inputs_per_second=sum(device.inputs_per_second for device in devices.values()),
+            queue_depth=weight / unit,
+            queue_bytes=nbytes,
+            device_queue_depth=sum(device.queue_depth for device in devices.values()),
+            fetch_errors=MappingProxyType(errors),
+            quarantine=(),
+            fetchers_alive=alive,
+            fetcher_restarts=0,
+            fetcher_busy_seconds=calls.seconds,
+            fetcher_blocked_seconds=sum(
+                recorder.blocked_seconds + _since(recorder.blocked_since, now) for recorder in fetchers
+            ),
+            enqueuer_busy_seconds=enqueuer_busy,
+            enqueuer_blocked_seconds=enqueuer_blocked,
+            consumer_wait_seconds=wait,
+            batches_not_ready=0,
+            verdict=self._verdict(now, wait, enqueuer_busy, calls.seconds),
+            devices=MappingProxyType(devices),
+            fetch=calls,
+        )
+
+    def _device_stats(self, name: str, now: float) -> DeviceStats:
+        recorder = self.device_recorders[name]
+        run = self.run
+        return DeviceStats(
+            rows_delivered=recorder.rows_delivered,
+            batches_delivered=recorder.batches_delivered,
+            rows_padded=recorder.rows_padded,
+            queue_depth=len(run.devices[name].queue) if run is not None else 0,
+            inputs_per_second=recorder.rows_per_second(now),
+            wait_seconds=recorder.wait_seconds,
+            send=_histogram(recorder.send),
+        )
+
+    def _verdict(self, now: float, wait: float, enqueuer_busy: float, fetch_busy: float) -> str:
+        run = self.run
+        if run is None:
+            return "starting"
+        if run.signal.stopping:
+            return "stopped"
+        if not any(recorder.batches_delivered for recorder in self.device_recorders.values()):
+            return "starting"
+        if wait < TRAINER_BOUND_SHARE * max(now - run.started, 1e-9):
+            return "trainer"
+        return "enqueue" if enqueuer_busy > fetch_busy / max(1, len(self.worker_ids)) else "fetch"
+
+
+# A trainer that waits less than this share of its time is not held up by its input.
+TRAINER_BOUND_SHARE = 0.05
+
+
+def _since(moment: float, now: float) -> float:
+    return 0.0 if moment == math.inf else max(0.0, now - moment)
+
+
+def _histogram(histogram: Histogram) -> HistogramStats:
+    counts, seconds = histogram.read()
+    return HistogramStats(BUCKETS_SECONDS, counts, seconds)

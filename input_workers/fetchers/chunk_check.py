@@ -1,0 +1,178 @@
+"""What a fetch function returned goes in; how many rows of the source's specs it is comes out, or an error. Nothing is cast."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy import ndarray
+
+from input_workers.contracts import ArraySpec, FetchRequest
+from input_workers.errors import ConfigError, EndOfData, LifecycleError, SpecMismatch, WaitTimeout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["ChunkCheck", "SpecBook"]
+
+
+class SpecBook:
+    """The specs of a source: given, or learnt from its first chunk. Thread-safe."""
+
+    # Invariant under _lock: `specs` is set once.
+
+    def __init__(self, source: str, input_names: Sequence[str], batch_axes: Sequence[int]) -> None:
+        self.source = source
+        self.input_names = tuple(input_names)
+        self.batch_axes = tuple(batch_axes)
+        self.specs: tuple[ArraySpec, ...] | None = None
+        self._ended = False
+        self._lock = threading.Condition()
+
+    def learn(self, specs: Sequence[ArraySpec]) -> tuple[ArraySpec, ...]:
+        """Return the specs of the source: these, if there were none."""
+        for name, spec, axis in zip(self.input_names, specs, self.batch_axes, strict=True):
+            if axis > len(spec.shape):
+                raise ConfigError(
+                    f"source {self.source!r}, input {name!r}: batch axis {axis} does not exist in rows of shape {spec.shape}"
+                )
+        with self._lock:
+            if self.specs is None:
+                self.specs = tuple(specs)
+                self._lock.notify_all()
+            return self.specs
+
+    def known(self) -> tuple[ArraySpec, ...]:
+        """Return the specs; they must have been learnt."""
+        if self.specs is None:
+            raise LifecycleError(f"source {self.source!r}: its specs are not known before the first chunk")
+        return self.specs
+
+    def wait(self, timeout_s: float) -> tuple[ArraySpec, ...]:
+        """Return the specs, waiting for the first chunk. Raises WaitTimeout, or EndOfData if none will come."""
+        with self._lock:
+            timeout = min(timeout_s, threading.TIMEOUT_MAX)
+            self._lock.wait_for(lambda: self.specs is not None or self._ended, timeout)
+            if self.specs is not None:
+                return self.specs
+            if self._ended:
+                raise EndOfData(f"source {self.source!r}: it ended before its first chunk; its specs are not known")
+        raise WaitTimeout(f"source {self.source!r}: no chunk within {timeout_s:g} s, so its specs are not known yet")
+
+    def end(self) -> None:
+        """No chunk comes any more: wake who waits."""
+        with self._lock:
+            self._ended = True
+            self._lock.notify_all()
+
+    def begin(self) -> None:
+        """A run begins: chunks may come again."""
+        with self._lock:
+            self._ended = False
+
+
+class ChunkCheck:
+    """Checks results. One per fetcher; not thread-safe, but many may share a SpecBook.
+
+    Attributes:
+        row_nbytes: bytes of one row of all inputs; 0 before the first rows were seen.
+    """
+
+    __slots__ = ("_axes", "_book", "_dtypes", "_known", "row_nbytes")
+
+    def __init__(self, book: SpecBook) -> None:
+        self._book = book
+        self._axes = book.batch_axes
+        self._dtypes: tuple[np.dtype[Any], ...] = ()
+        self._known: tuple[dict[tuple[int, ...], int], ...] = ()  # {shape: rows} of each input
+        self.row_nbytes = 0
+
+    def rows_of(self, result: Any, request: FetchRequest | None) -> int:
+        """Return the number of rows of a right result; 0 for no data now.
+
+        Raises:
+            SpecMismatch: with what was got and wanted.
+        """
+        kind = type(result)
+        if (kind is not list and kind is not tuple) or len(result) != len(self._known):
+            return self._check_slowly(result, request)
+        rows = -1
+        # The common case at its cheapest: plain arrays of known dtypes and shapes, with as many rows each.
+        for array, dtype, known in zip(result, self._dtypes, self._known):  # noqa: B905  the lengths are equal
+            if type(array) is not ndarray or array.dtype is not dtype:
+                return self._check_slowly(result, request)
+            count = known.get(array.shape)
+            if count != rows:
+                if count is None or rows >= 0:
+                    return self._check_slowly(result, request)
+                rows = count
+        if request is not None and rows != len(request.rows):
+            return self._check_slowly(result, request)
+        return rows
+
+    def _check_slowly(self, result: Any, request: FetchRequest | None) -> int:
+        """Check everything, saying what is wrong; learn the specs or a new number of rows."""
+        if result is None and request is None:
+            return 0
+        book = self._book
+        names = book.input_names
+        if isinstance(result, (str, bytes, ndarray, dict, set)) or not isinstance(result, Sequence):
+            raise self._mismatch(f"got {_kind(result)}", f"a sequence of {len(names)} arrays, for {list(names)}")
+        if len(result) != len(names):
+            raise self._mismatch(f"got {len(result)} arrays", f"{len(names)}, for {list(names)}")
+        arrays: list[NDArray[Any]] = []
+        for name, array, axis in zip(names, result, self._axes, strict=True):
+            if not isinstance(array, ndarray) or isinstance(array, (np.ma.MaskedArray, np.matrix)):
+                raise self._mismatch(f"input {name!r}: got {_kind(array)}", "a NumPy array (np.asarray makes one)")
+            if array.dtype.hasobject or array.dtype.itemsize == 0:
+                raise self._mismatch(
+                    f"input {name!r}: got dtype {array.dtype!r}",
+                    "fixed-size values; encode objects, or use a dtype with a length",
+                )
+            if array.ndim <= axis:
+                raise self._mismatch(f"input {name!r}: got shape {array.shape}", f"rows along axis {axis}")
+            arrays.append(array)
+        counts = [array.shape[axis] for array, axis in zip(arrays, self._axes, strict=True)]
+        if len(set(counts)) > 1:
+            shapes = ", ".join(f"{name}: {array.shape}" for name, array in zip(names, arrays, strict=True))
+            axes = self._axes[0] if len(set(self._axes)) == 1 else list(self._axes)
+            raise self._mismatch(f"got unequal numbers of rows, {shapes}", f"as many in each along axis {axes}")
+        if request is not None and counts[0] != len(request.rows):
+            raise self._mismatch(f"got {counts[0]} rows", f"exactly the {len(request.rows)} that were asked for")
+        found = [
+            ArraySpec(array.shape[:axis] + array.shape[axis + 1 :], array.dtype)
+            for array, axis in zip(arrays, self._axes, strict=True)
+        ]
+        if book.specs is not None or counts[0]:
+            specs = book.specs or book.learn(found)
+            for name, spec, got in zip(names, specs, found, strict=True):
+                if got != spec:
+                    raise self._mismatch(
+                        f"input {name!r}: got rows of {got.dtype!r} with shape {got.shape}",
+                        f"{spec.dtype!r} with shape {spec.shape}, as given or as in the first chunk; nothing is ever cast",
+                    )
+        if counts[0]:
+            self._learn(book.known(), counts[0])
+        return int(counts[0])
+
+    def _learn(self, specs: Sequence[ArraySpec], rows: int) -> None:
+        if not self._known or len(self._known[0]) >= MAX_KNOWN_SHAPES:
+            self._dtypes = tuple(spec.dtype for spec in specs)
+            self._known = tuple({} for _ in specs)
+            self.row_nbytes = sum(spec.row_nbytes for spec in specs)
+        for spec, axis, known in zip(specs, self._axes, self._known, strict=True):
+            known[spec.batch_shape(rows, axis)] = rows
+
+    def _mismatch(self, got: str, wanted: str) -> SpecMismatch:
+        return SpecMismatch(f"source {self._book.source!r}: {got}; wanted {wanted}")
+
+
+def _kind(thing: Any) -> str:
+    name = type(thing).__qualname__
+    return f"{name} of shape {thing.shape}" if isinstance(thing, ndarray) else name
+
+
+# Shapes remembered per fetcher; beyond, it begins anew (each number of rows is one shape).
+MAX_KNOWN_SHAPES = 1024

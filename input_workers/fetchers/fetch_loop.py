@@ -1,0 +1,176 @@
+"""The loop that every fetcher runs, wherever it runs: call, check, count, put; until no more is wanted or there is no more."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from input_workers.contracts import Chunk, FetchFunction, FetchRequest
+from input_workers.errors import EndOfData, Failure, FetchFailed, describe
+from input_workers.fetchers.chunk_check import ChunkCheck
+from input_workers.fetchers.ownership import owned
+from input_workers.metrics.recorder import FetcherRecorder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["BackOff", "Calls", "FunctionCalls", "fetch_failure", "fetch_loop"]
+
+log = logging.getLogger("input_workers")
+
+# How long to wait before asking again when there is no data now; doubled from the first to the last.
+FIRST_BACK_OFF_SECONDS = 0.001
+LAST_BACK_OFF_SECONDS = 0.1
+NO_DATA_WARNING_SECONDS = 10.0
+
+
+class Calls(Protocol):
+    """The calls a fetcher makes, one after the other."""
+
+    def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest | None]:
+        """Make the next call of foreign code; return its result and the request. Raises EndOfData when done."""
+
+
+class FunctionCalls:
+    """Calls of a plain function `f(worker_id, batch_size)`. `batch_size` may be changed at any time."""
+
+    __slots__ = ("_fetch_fun", "batch_size")
+
+    def __init__(self, fetch_fun: FetchFunction, batch_size: int) -> None:
+        self._fetch_fun = fetch_fun
+        self.batch_size = batch_size
+
+    def next(self, recorder: FetcherRecorder) -> tuple[Any, None]:
+        """Call the function once."""
+        return self._fetch_fun(recorder.worker_id, self.batch_size), None
+
+
+class Chunks(Protocol):
+    """Where chunks go: see `flow.chunk_queue.ChunkQueue`."""
+
+    pack_below_nbytes: int
+
+    def pack(self, arrays: Sequence[NDArray[Any]], rows: int, nbytes: int) -> bool:
+        """Copy a small chunk without waiting."""
+
+    def offer(self, chunk: Chunk) -> bool:
+        """Put without waiting."""
+
+    def put(self, chunk: Chunk) -> bool:
+        """Put, waiting; False if it was not taken."""
+
+
+class Ended(Protocol):
+    """Whether to go on: a `threading.Event`, or what looks like one."""
+
+    def is_set(self) -> bool:
+        """Whether no more is wanted."""
+
+    def wait(self, timeout: float) -> object:
+        """Wait, at most this many seconds, until it is set."""
+
+
+class BackOff:
+    """Waits 1 to 100 ms, longer each time, while a fetcher has no data; says so every ten seconds."""
+
+    def __init__(self, source: str, worker_id: int) -> None:
+        self._who = f"source {source!r}, worker {worker_id}"
+        self._seconds = 0.0
+        self._since = self._warned = time.monotonic()
+
+    def next_seconds(self) -> float:
+        """Return how long to wait now."""
+        now = time.monotonic()
+        if now - self._warned >= NO_DATA_WARNING_SECONDS:
+            self._warned = now
+            log.warning("%s: the fetch function has returned no data for %.0f s", self._who, now - self._since)
+        self._seconds = min(max(self._seconds * 2, FIRST_BACK_OFF_SECONDS), LAST_BACK_OFF_SECONDS)
+        return self._seconds
+
+
+def fetch_failure(source: str, recorder: FetcherRecorder, error: BaseException) -> Failure:
+    """Return the failure that an exception of the fetch function, or of the check of its result, is."""
+    where = f"source {source!r}, worker {recorder.worker_id}"
+    notes = [f"source: {source!r}", f"worker: {recorder.worker_id}"]
+    if recorder.request is not None:
+        where += f", request {recorder.request.index}"
+        notes.append(f"request: {recorder.request.index} (epoch {recorder.request.epoch})")
+    return Failure(FetchFailed, f"{where}: {describe(error)}", error, notes)
+
+
+def fetch_loop(
+    source: str,
+    calls: Calls,
+    check: ChunkCheck,
+    chunks: Chunks,
+    recorder: FetcherRecorder,
+    ended: Ended,
+    fail: Callable[[Failure], object],
+) -> bool:
+    """Fetch until the data end, the queue closes or something is raised, in the fetcher's own thread.
+
+    Returns:
+        Whether the data have ended. Raises nothing but what `fail` raises.
+
+    Args:
+        source: the name, for errors.
+        calls: makes the next call.
+        check: of its result.
+        chunks: where the chunks go.
+        recorder: of this fetcher.
+        ended: set when no more is wanted; waited on when there is no data now.
+        fail: told the failure; called at most once.
+    """
+    back_off: BackOff | None = None
+    observe = recorder.calls.observe
+    offer, pack = chunks.offer, chunks.pack
+    next_call = calls.next
+    is_ended = ended.is_set
+    clock = time.monotonic
+    rows_of = check.rows_of
+    now = clock()
+    try:
+        while not is_ended():
+            recorder.call_started = now
+            result, request = next_call(recorder)
+            started, now = now, clock()
+            # One look at the clock a call: what lies between two calls is shorter than its resolution is good for.
+            observe(now - started)
+            rows = rows_of(result, request)
+            if not rows:
+                recorder.call_started = math.inf
+                back_off = back_off or BackOff(source, recorder.worker_id)
+                ended.wait(back_off.next_seconds())
+                now = clock()
+                continue
+            back_off = None
+            recorder.rows += rows
+            nbytes = rows * check.row_nbytes
+            if nbytes <= chunks.pack_below_nbytes and request is None and pack(result, rows, nbytes):
+                continue
+            chunk: Chunk = owned(result, request.out if request is not None else None), rows, nbytes, request
+            del result
+            if offer(chunk):
+                del chunk
+                continue
+            recorder.call_started, recorder.blocked_since = math.inf, now
+            taken = chunks.put(chunk)
+            started, now = now, clock()
+            recorder.blocked_since = math.inf
+            recorder.blocked_seconds += now - started
+            if not taken:
+                recorder.stopped_rows += rows
+                break
+            del chunk
+    except EndOfData:
+        return True
+    except BaseException as error:  # SystemExit too: it would end this thread in silence, and the trainer would wait
+        recorder.count_error(type(error).__name__)
+        fail(fetch_failure(source, recorder, error))
+    finally:
+        recorder.call_started = math.inf
+        recorder.alive = False
+    return False

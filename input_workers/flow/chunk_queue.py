@@ -1,0 +1,259 @@
+"""The bounded queue between fetchers and enqueuer: chunks of any size go in, all that wait come out at once.
+
+A chunk is charged to the bounds from `put` until the enqueuer says that it was copied (`release`). A fetcher whose chunk
+does not fit leaves it at the door; whoever makes room lets it in and wakes that fetcher alone, in the order of arrival.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from input_workers.contracts import Chunk
+from input_workers.lifecycle import WakeUp
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["ChunkQueue"]
+
+# Rows of packed small chunks that are handed over as one: enough that it costs nothing a row, and few enough that the
+# fetchers, whose room comes back when all are copied, need not wait for it.
+BLOCK_ROWS = 128
+
+
+class _Waiter:
+    """A chunk at the door. `gate` is opened once, when `accepted` is decided."""
+
+    __slots__ = ("accepted", "chunk", "gate", "turn")
+
+    def __init__(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        request = chunk[3]
+        self.turn = request.epoch if request is not None else 0
+        self.accepted = False
+        self.gate = threading.Lock()
+        self.gate.acquire()
+
+
+class ChunkQueue:
+    """Closable, weighed, first in first out. Any number of putters, one taker.
+
+    Args:
+        max_weight: bound on waiting rows (chunks where `by_rows` is False). One chunk larger than that passes alone.
+        max_nbytes: bound on waiting bytes, or None.
+        wake: gets a token when the taker, having found too little, should look again.
+        by_rows: whether a chunk weighs its rows or 1.
+        requests_per_epoch: keep epochs apart: chunks of the next epoch wait at the door until this many of the
+            current one entered; then an end mark, a chunk of 0 rows, follows them.
+        pack_below_nbytes: chunks up to this size may be given to `pack`.
+    """
+
+    # Invariant under _lock: `_weight` and `_nbytes` are those of the waiting chunks and of the taken ones (`_taken`) that
+    # are not yet released; a chunk enters only within the bounds or when nothing is charged; `_door` holds nothing that
+    # could enter, but between a release and the half-empty mark; when closed, nothing enters and the door is empty.
+    # Packed rows are the newest ones and are made a chunk before anything follows them. `_open` is false as soon as an
+    # offer needs a closer look: closed, somebody at the door, or epochs to keep apart.
+
+    def __init__(
+        self,
+        max_weight: int,
+        max_nbytes: int | None,
+        wake: WakeUp,
+        *,
+        by_rows: bool = True,
+        requests_per_epoch: int | None = None,
+        pack_below_nbytes: int = 0,
+    ) -> None:
+        self.max_weight = max_weight
+        self.pack_below_nbytes = pack_below_nbytes
+        self._max_nbytes = math.inf if max_nbytes is None else max_nbytes
+        self._wake = wake
+        self._by_rows = by_rows
+        self._requests_per_epoch = requests_per_epoch
+        self._lock = threading.Lock()
+        self._chunks: list[Chunk] = []
+        self._packed: list[bytearray] = []
+        self._packed_like: Sequence[NDArray[Any]] = ()
+        self._packed_rows = 0
+        self._door: list[_Waiter] = []
+        self._weight = 0
+        self._nbytes = 0
+        self._taken = 0  # weight of the chunks taken and not yet released
+        self._wake_at: float = math.inf  # the taker sleeps until this much weight is charged
+        self._closed = False
+        self._open = requests_per_epoch is None
+        self._epoch = 0
+        self._entered = 0  # requests of this epoch that entered
+        self._epoch_ended = False  # an end mark waits
+
+    def offer(self, chunk: Chunk) -> bool:
+        """Put the chunk if there is room at once and nobody waits; the cheap half of putting."""
+        with self._lock:
+            weight = self._weight + (chunk[1] if self._by_rows else 1)
+            nbytes = self._nbytes + chunk[2]
+            if weight > self.max_weight or nbytes > self._max_nbytes or not self._open:
+                return False
+            if self._packed_rows:
+                self._seal()
+            self._chunks.append(chunk)
+            self._weight = weight
+            self._nbytes = nbytes
+            if weight < self._wake_at:
+                return True
+            self._wake_at = math.inf
+        self._wake.put(None)
+        return True
+
+    def pack(self, arrays: Sequence[NDArray[Any]], rows: int, nbytes: int) -> bool:
+        """Copy a small chunk's rows behind those of the one before, if there is room at once and nobody waits.
+
+        Handing over a chunk costs as much as copying some kilobytes; a block of many is handed over once. Only where
+        rows are weighed and lie along axis 0.
+        """
+        with self._lock:
+            weight = self._weight + rows
+            if weight > self.max_weight or self._nbytes + nbytes > self._max_nbytes or not self._open:
+                return False
+            if not 0 < self._packed_rows < BLOCK_ROWS:
+                self._seal()
+                self._packed = [bytearray() for _ in arrays]
+                self._packed_like = [array[:0] for array in arrays]
+            for block, array in zip(self._packed, arrays):  # noqa: B905  checked to be as many
+                block += array.tobytes()  # half the price of assigning to a slice of an array
+            self._packed_rows += rows
+            self._weight = weight
+            self._nbytes += nbytes
+            if weight < self._wake_at:
+                return True
+            self._wake_at = math.inf
+        self._wake.put(None)
+        return True
+
+    def put(self, chunk: Chunk) -> bool:
+        """Put the chunk, waiting for room; False: the queue was closed and did not take it."""
+        waiter = _Waiter(chunk)
+        with self._lock:
+            if self._closed:
+                return False
+            self._door.append(waiter)
+            self._admit()
+            # One who waits at the door wakes the taker, even if no batch is complete: what it took may be copied.
+            wake = self._wake_at != math.inf and (bool(self._door) or self._is_enough())
+            if wake:
+                self._wake_at = math.inf
+        if wake:
+            self._wake.put(None)
+        waiter.gate.acquire()
+        return waiter.accepted
+
+    def take(self, wanted: int) -> list[Chunk]:
+        """Return all waiting chunks; nothing if they weigh less than `wanted`, and then a token follows when they do.
+
+        Less than `wanted` is returned when somebody waits at the door, at the end of an epoch, or when closed.
+        """
+        with self._lock:
+            if self._door and not self._chunks:
+                self._admit()
+            self._wake_at = self._taken + wanted
+            if (self._chunks or self._packed_rows) and (self._door or self._closed or self._is_enough()):
+                self._wake_at = math.inf
+                self._seal()
+                chunks, self._chunks = self._chunks, []
+                self._taken = self._weight
+                self._epoch_ended = False
+                return chunks
+            return []
+
+    def release(self, weight: int, nbytes: int) -> None:
+        """The taker has copied this much. Lets in those at the door once the queue is half empty."""
+        with self._lock:
+            self._weight -= weight
+            self._nbytes -= nbytes
+            self._taken -= weight
+            # Waking a fetcher for each batch would cost a hand-over each; half a queue at a time costs few.
+            if self._door and self._weight * 2 <= self.max_weight:
+                self._admit()
+
+    def close(self) -> None:
+        """Take no more chunks; those that wait can still be taken. Those at the door are refused."""
+        with self._lock:
+            self._refuse()
+        self._wake.put(None)
+
+    def abort(self) -> int:
+        """Close, and forget the waiting chunks; return their rows."""
+        with self._lock:
+            self._refuse()
+            rows = self._packed_rows + sum(chunk[1] for chunk in self._chunks)
+            self._chunks, self._packed, self._packed_rows = [], [], 0
+            self._weight = self._taken
+        self._wake.put(None)
+        return rows
+
+    @property
+    def drained(self) -> bool:
+        """Whether it is closed and every chunk was taken."""
+        with self._lock:
+            return self._closed and not self._chunks and not self._packed_rows
+
+    @property
+    def charged(self) -> tuple[int, int]:
+        """Weight and bytes that wait, or were taken and are not yet copied."""
+        with self._lock:
+            return self._weight, self._nbytes
+
+    def _is_enough(self) -> bool:
+        return self._weight >= self._wake_at or self._epoch_ended
+
+    def _seal(self) -> None:
+        """Make the packed rows a chunk."""
+        rows = self._packed_rows
+        if rows:
+            arrays = [
+                np.frombuffer(block, like.dtype).reshape(rows, *like.shape[1:])
+                if block
+                else np.empty((rows, *like.shape[1:]), like.dtype)  # rows without values
+                for block, like in zip(self._packed, self._packed_like, strict=True)
+            ]
+            self._chunks.append((arrays, rows, sum(map(len, self._packed)), None))
+            self._packed, self._packed_like, self._packed_rows = [], (), 0
+
+    def _refuse(self) -> None:
+        self._closed = True
+        self._open = False
+        for waiter in self._door:
+            waiter.gate.release()
+        self._door = []
+
+    def _admit(self) -> None:
+        """Let in, in the order of arrival, whoever's turn it is, until one does not fit."""
+        index = 0
+        while index < len(self._door):
+            waiter = self._door[index]
+            if waiter.turn > self._epoch:
+                index += 1
+                continue
+            weight = self._weight + (waiter.chunk[1] if self._by_rows else 1)
+            nbytes = self._nbytes + waiter.chunk[2]
+            if self._weight and (weight > self.max_weight or nbytes > self._max_nbytes):
+                break
+            self._seal()
+            del self._door[index]
+            self._chunks.append(waiter.chunk)
+            self._weight = weight
+            self._nbytes = nbytes
+            waiter.accepted = True
+            waiter.gate.release()
+            self._entered += 1
+            if self._entered == self._requests_per_epoch:
+                self._chunks.append(((), 0, 0, waiter.chunk[3]))
+                self._epoch_ended = True
+                self._epoch += 1
+                self._entered = 0
+                index = 0  # the next epoch's turn: those that were passed over
+        self._open = not self._door and not self._closed and self._requests_per_epoch is None

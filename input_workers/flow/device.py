@@ -1,0 +1,123 @@
+"""A device of a running source: slots come from here, go through its feed, and leave its queue as batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from input_workers.contracts import ArraySpec, DeviceFeed, Slot
+from input_workers.errors import EndOfData, Failure, FeedFailed
+from input_workers.flow.device_queue import DeviceQueue, QueuedBatch
+from input_workers.leases import SlotPool
+
+__all__ = ["Device", "Target"]
+
+
+class Target:
+    """A feed and a batch size, fixed for every slot that is begun with it; opened at the first."""
+
+    __slots__ = ("_lease_slots", "batch_size", "feed", "opened")
+
+    def __init__(self, feed: DeviceFeed, batch_size: int) -> None:
+        self.feed = feed
+        self.batch_size = batch_size
+        self.opened = False
+        self._lease_slots: Callable[[int], Slot]
+
+    def open(self, specs: Sequence[ArraySpec], batch_axes: Sequence[int], keep: int) -> None:
+        """Open the feed and make the pool of slots, of which `keep` free ones are kept."""
+        self.feed.open(specs, self.batch_size)
+        self.opened = True
+        pool = SlotPool(specs, batch_axes, self.batch_size, keep)
+        self._lease_slots = lambda rows: (
+            pool.lease() if rows == pool.rows else SlotPool(specs, batch_axes, rows, keep=0).lease()
+        )
+
+    def lease(self, rows: int) -> Slot:
+        """Return an empty slot for `rows` rows: one of the pool's, where it is a batch."""
+        return self._lease_slots(rows)
+
+
+class Device:
+    """Where a source delivers. `begin`, `send` and `close` belong to the enqueuer, `next_batch` to any trainer's thread.
+
+    Args:
+        name: as errors and metrics call it.
+        queue: of batches on the device.
+        target: replaced as a whole to change feed or batch size; a slot in the making keeps the one it began with.
+        make_batch: builds what the trainer gets from the device's arrays.
+        batch_axes: the batch axis of each input.
+        on_failure: told when a batch cannot be received, with its rows, unless a stop has accounted for them.
+        keep_slots: free slots that are kept for the next batches.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        queue: DeviceQueue,
+        target: Target,
+        make_batch: Callable[[Sequence[Any]], Any],
+        batch_axes: Sequence[int],
+        on_failure: Callable[[Failure, int], None],
+        keep_slots: int,
+    ) -> None:
+        self.name = name
+        self.queue = queue
+        self.target = target
+        self._make_batch = make_batch
+        self._batch_axes = tuple(batch_axes)
+        self._on_failure = on_failure
+        self._keep_slots = keep_slots
+        self._opened: list[Target] = []
+
+    def begin(self, specs: Sequence[ArraySpec]) -> Target:
+        """Return the target of the next slot, its feed opened."""
+        target = self.target
+        if not target.opened:
+            target.open(specs, self._batch_axes, self._keep_slots)
+            self._opened.append(target)
+        return target
+
+    def send(self, target: Target, slot: Slot) -> bool:
+        """Move the slot to the device and queue it; False: the device was stopped. There must be room."""
+        ticket = target.feed.send(slot)
+        return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch))
+
+    def next_batch(self, timeout_s: float) -> Any:
+        """Return the next batch.
+
+        Raises:
+            WaitTimeout: none came within `timeout_s`; the stream is as it was.
+            EndOfData: no batch is left, in this epoch or, if raised again, at all.
+            SourceFailed, FeedFailed: the source broke; the cause is the first failure.
+            QueueClosed: the source was stopped.
+        """
+        queued = self.queue.get(timeout_s, self.name)
+        if queued.feed is None:
+            self.queue.commit(queued)
+            raise EndOfData(f"{self.name}: end of epoch {queued.epoch}")
+        try:
+            batch = self._make_batch(queued.feed.receive(queued.ticket))
+        except Exception as error:
+            failure = Failure(FeedFailed, f"{self.name}: a batch of {queued.slot_rows} rows was sent but not received", error)
+            if self.queue.give_up(queued):
+                self._on_failure(failure, queued.rows)
+            raise failure.exception() from error
+        except BaseException:  # Ctrl-C: the batch is the next one again
+            self.queue.put_back(queued)
+            raise
+        batch.epoch = queued.epoch
+        batch.valid_rows = queued.rows
+        self.queue.commit(queued)
+        return batch
+
+    def close(self) -> list[BaseException]:
+        """Close every feed that was opened; return what they raised."""
+        errors: list[BaseException] = []
+        for target in self._opened:
+            try:
+                target.feed.close()
+            except Exception as error:
+                errors.append(error)
+        self._opened = []
+        return errors

@@ -1,0 +1,168 @@
+"""The bounded queue of batches that are already on the device: the enqueuer puts, trainers get, each batch once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from input_workers.contracts import DeviceFeed
+from input_workers.errors import WaitTimeout
+from input_workers.lifecycle import WakeUp
+from input_workers.metrics.recorder import DeviceRecorder
+
+__all__ = ["DeviceQueue", "QueuedBatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedBatch:
+    """A batch on its way to the trainer. `feed` is None for the mark at the end of an epoch."""
+
+    ticket: Any
+    feed: DeviceFeed | None
+    rows: int  # real rows; padding is not counted
+    slot_rows: int
+    epoch: int
+
+
+class DeviceQueue:
+    """Closable, first in first out. One putter, any number of getters; thread-safe.
+
+    A batch is delivered when `commit` says so. Until then an interrupted getter can put it back, and none is lost.
+    """
+
+    # Invariant under _lock: every batch ever put is in `_batches`, in hand, delivered (counted by the recorder) or
+    # handed to the caller of `abort`. After `end`, nothing is put; after `abort`, nothing is delivered.
+
+    def __init__(self, depth: int, wake: WakeUp, recorder: DeviceRecorder) -> None:
+        self.depth = depth
+        self.recorder = recorder
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)
+        self._batches: list[QueuedBatch] = []
+        self._rows_in_hand = 0
+        self._wants_room = False
+        self._error: Callable[[], Exception] | None = None
+        self._aborted = False
+
+    def has_room(self) -> bool:
+        """Whether a batch may be put; if not, a token follows when it may."""
+        with self._lock:
+            if len(self._batches) < self.depth or self._error is not None:
+                return True
+            self._wants_room = True
+            return False
+
+    def put(self, batch: QueuedBatch) -> bool:
+        """Add a batch, without waiting; False: the queue has ended and did not take it."""
+        with self._lock:
+            if self._error is not None:
+                return False
+            self._batches.append(batch)
+            self._ready.notify()
+        return True
+
+    def get(self, timeout_s: float, waiting_for: str) -> QueuedBatch:
+        """Return the next batch, which is then in the caller's hand: to be committed, given up or put back.
+
+        Raises:
+            WaitTimeout: none came in time.
+            QueueClosed, EndOfData, SourceFailed, FeedFailed: the queue has ended, and nothing is left in it.
+        """
+        with self._lock:
+            if not self._batches and self._error is None:
+                self._await_batch(timeout_s, waiting_for)
+            if not self._batches:
+                assert self._error is not None  # noqa: S101  what the loop above waited for
+                raise self._error()
+            batch = self._batches[0]
+            # No call between these lines: a signal, such as Ctrl-C, is handled at calls and jumps only.
+            del self._batches[0]
+            self._rows_in_hand += batch.rows
+            wants_room, self._wants_room = self._wants_room, False
+        if wants_room:
+            self._wake.put(None)
+        return batch
+
+    def _await_batch(self, timeout_s: float, waiting_for: str) -> None:
+        started = time.monotonic()
+        try:
+            while not self._batches and self._error is None:
+                left = started + timeout_s - time.monotonic()
+                if left <= 0:
+                    raise WaitTimeout(
+                        f"{waiting_for}: no batch within {timeout_s:g} s; nothing is lost, ask again, or look at stats() "
+                        "for who is waiting"
+                    )
+                self._ready.wait(min(left, threading.TIMEOUT_MAX))
+        finally:
+            self.recorder.wait_seconds += time.monotonic() - started
+
+    def commit(self, batch: QueuedBatch) -> None:
+        """Count the batch in hand as delivered. Raises the end's error if the queue was aborted meanwhile."""
+        with self._lock:
+            if self._aborted and self._error is not None:
+                raise self._error()
+            recorder = self.recorder
+            self._rows_in_hand -= batch.rows
+            recorder.rows_delivered += batch.rows
+            recorder.batches_delivered += 1
+            recorder.mark(time.monotonic())
+
+    def give_up(self, batch: QueuedBatch) -> bool:
+        """Drop the batch in hand, which could not be received; False: it was accounted for by an abort."""
+        with self._lock:
+            if self._aborted:
+                return False
+            self._rows_in_hand -= batch.rows
+            return True
+
+    def put_back(self, batch: QueuedBatch) -> None:
+        """Undo a `get` that was interrupted: the batch is again the next one."""
+        with self._lock:
+            if self._aborted:
+                return
+            self._batches.insert(0, batch)
+            self._rows_in_hand -= batch.rows
+            self._ready.notify()
+
+    def end(self, error: Callable[[], Exception]) -> None:
+        """Once the batches that wait are gone, let every `get` raise a new `error()`. The first end stays."""
+        with self._lock:
+            if self._error is None:
+                self._error = error
+            self._ready.notify_all()
+
+    def abort(self, error: Callable[[], Exception]) -> int:
+        """End at once; return the rows that were waiting or in hand and will not be delivered."""
+        with self._lock:
+            rows = 0 if self._aborted else sum(batch.rows for batch in self._batches) + self._rows_in_hand
+            self._error = error
+            self._aborted = True
+            self._batches = []
+            self._rows_in_hand = 0
+            self._ready.notify_all()
+        self._wake.put(None)
+        return rows
+
+    @property
+    def rows_waiting(self) -> int:
+        """Rows in the queue or in a getter's hand."""
+        with self._lock:
+            return sum(batch.rows for batch in self._batches) + self._rows_in_hand
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether a `get` would have to wait."""
+        return not self._batches and self._error is None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more can be put."""
+        return self._error is not None
+
+    def __len__(self) -> int:
+        return len(self._batches)

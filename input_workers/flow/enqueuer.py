@@ -1,0 +1,291 @@
+"""Chunks come in, batches go out to the devices in strict rotation. Runs on the source's enqueuer thread.
+
+It sleeps in one place, `signal.wake`, whatever it waits for: chunks, room on a device, or a call that takes too long.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeAlias
+
+from input_workers.contracts import ArraySpec, Chunk, Slot
+from input_workers.errors import EndOfData, Failure, FeedFailed, InputWorkersError, QueueClosed, SourceFailed
+from input_workers.flow.chunk_queue import ChunkQueue
+from input_workers.flow.device import Device, Target
+from input_workers.flow.device_queue import QueuedBatch
+from input_workers.flow.rechunker import Rechunker, rows_between
+from input_workers.lifecycle import StopSignal
+from input_workers.metrics.recorder import SourceRecorder
+
+__all__ = ["Enqueuer", "LastBatch"]
+
+LastBatch = Literal["drop", "keep", "pad"]
+
+
+_Making: TypeAlias = tuple[Device, Target, Slot]
+
+
+class _Ended(Exception):
+    """The run is being stopped, or a device failed: put down what is held."""
+
+
+class Enqueuer:
+    """Re-chunks into slots and hands them to the devices. All methods but `__init__` belong to one thread.
+
+    Args:
+        source: the name, for errors.
+        chunks: the queue it takes from.
+        devices: where to deliver; complete batches are dealt to them in strict rotation.
+        batch_axes: the batch axis of each input.
+        specs: returns the specs of the inputs; called when the first chunk is there.
+        last_batch: what becomes of rows that fill no batch at the end.
+        rebatch: False delivers chunks as they come.
+        has_epochs: marks at the end of each epoch come with the chunks.
+        signal: why and that the run ends.
+        recorder: of the source.
+        check_calls: given the time, fails the source for calls that run too long; returns when to look again.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        chunks: ChunkQueue,
+        devices: Sequence[Device],
+        *,
+        batch_axes: Sequence[int],
+        specs: Callable[[], Sequence[ArraySpec]],
+        last_batch: LastBatch,
+        rebatch: bool,
+        has_epochs: bool,
+        signal: StopSignal,
+        recorder: SourceRecorder,
+        check_calls: Callable[[float], float],
+    ) -> None:
+        self._source = source
+        self._chunks = chunks
+        self._devices = list(devices)
+        self._turn = 0
+        self._batch_axes = tuple(batch_axes)
+        self._specs = specs
+        self._last_batch = last_batch
+        self._rebatch = rebatch
+        self._has_epochs = has_epochs
+        self._signal = signal
+        self._recorder = recorder
+        self._check_calls = check_calls
+        self._rechunker = Rechunker(batch_axes)
+        self._making: _Making | None = None  # the slot that is not full yet
+        # Full slots held back until each device has one, so that a finite end gives all equally many.
+        self._round: list[_Making] = []
+        self._row_nbytes = 0  # known with the first chunk
+        self._fill_seconds = 0.0  # spent so far on the slot in the making
+
+    def run(self) -> None:
+        """Deliver until the input ends, fails or is stopped. Never raises; always ends the devices' queues."""
+        try:
+            while True:
+                chunks = self._chunks.take(self._rows_wanted())
+                if self._signal.stopping:
+                    self._recorder.drop("stopped", sum(chunk[1] for chunk in chunks))
+                    break
+                if chunks:
+                    self._accept(chunks)
+                elif self._chunks.drained:
+                    self.finish()
+                    break
+                else:
+                    self._sleep()
+        except _Ended:
+            pass
+        except BaseException as error:
+            self._signal.fail(Failure(SourceFailed, f"source {self._source!r}: the enqueuer broke", error))
+        finally:
+            self.put_down()
+
+    def deliver(self, chunks: list[Chunk]) -> bool:
+        """Deliver in the caller's thread, once; False: the run has ended, and `put_down` is next."""
+        try:
+            self._accept(chunks)
+        except _Ended:
+            return False
+        return True
+
+    def _accept(self, chunks: list[Chunk]) -> None:
+        """Deliver what these chunks complete; copy the rest into the slot in the making. The list is emptied."""
+        while chunks:
+            mark = next((index for index, chunk in enumerate(chunks) if not chunk[1]), None) if self._has_epochs else None
+            if mark is None:
+                self._rechunker.add(chunks)
+                chunks.clear()  # or the chunks would live until the last of them is copied
+                self._deal()
+            else:
+                self._rechunker.add(chunks[:mark])
+                _, _, _, request = chunks[mark]
+                del chunks[: mark + 1]
+                self._deal()
+                self._settle_remainder()
+                for device in self._devices:
+                    device.queue.put(QueuedBatch(None, None, 0, 0, request.epoch if request is not None else 0))
+
+    def finish(self) -> None:
+        """The input has ended: settle the remainder, unless it failed, and let the devices' queues end."""
+        if self._signal.failure is None:
+            self._settle_remainder()
+        else:
+            self._send_round()
+
+    def put_down(self) -> None:
+        """Account for what is held as `stopped`, and end the devices' queues by what ended the run."""
+        held = self._rechunker.rows + sum(slot.filled for _, _, slot in self._round)
+        if self._making is not None:
+            held += self._making[2].filled
+        self._making, self._round = None, []
+        self._rechunker = Rechunker(self._batch_axes)
+        self._recorder.drop("stopped", held + self._chunks.abort())
+        self._signal.ended.set()
+        failure = self._signal.failure
+        for device in self._devices:
+            device.queue.end(self._end_of_data if failure is None else failure.exception)
+
+    def _end_of_data(self) -> InputWorkersError:
+        if self._signal.stopping:
+            return QueueClosed(f"source {self._source!r} was stopped")
+        return EndOfData(f"source {self._source!r}: end of data")
+
+    def _rows_wanted(self) -> int:
+        if not self._rebatch:
+            return 1
+        if self._making is not None:
+            return self._making[2].rows - self._making[2].filled
+        return self._devices[self._turn % len(self._devices)].target.batch_size if self._devices else 1
+
+    def _deal(self) -> None:
+        rechunker = self._rechunker
+        while rechunker.rows:
+            started = time.monotonic()
+            if self._making is None:
+                self._making = self._begin_slot()
+                slot = self._making[2]
+                if slot.filled:  # a chunk that is a batch as it is
+                    self._release(slot.rows, 1)
+            else:
+                slot = self._making[2]
+            if slot.filled < slot.rows:
+                self._release(*rechunker.fill(slot))
+            full = slot.filled == slot.rows
+            del slot  # the trainer may let go of the batch before this frame ends
+            if full:
+                self._dispatch(started)
+            else:
+                self._fill_seconds += time.monotonic() - started
+
+    def _release(self, rows: int, chunks: int) -> None:
+        if chunks:
+            self._chunks.release(rows if self._rebatch else chunks, rows * self._row_nbytes)
+
+    def _begin_slot(self) -> _Making:
+        """Return the next slot to fill, or one that is full, because it is the next chunk itself."""
+        device, target = self._next_target()
+        rows = target.batch_size if self._rebatch else self._rechunker.next_chunk_rows()
+        alignment = target.feed.chunk_alignment
+        slot = self._rechunker.adopt(rows, alignment) if alignment is not None else None
+        return device, target, slot or target.lease(rows)
+
+    def _next_target(self) -> tuple[Device, Target]:
+        """Return the device whose turn it is, and its target, opened."""
+        while self._devices:
+            self._turn %= len(self._devices)
+            device = self._devices[self._turn]
+            if device.queue.ended:  # it was stopped: the others share the rest
+                del self._devices[self._turn]
+                continue
+            self._turn += 1
+            specs = self._specs()
+            self._row_nbytes = sum(spec.row_nbytes for spec in specs)
+            try:
+                return device, device.begin(specs)
+            except Exception as error:
+                self._fail(device, f"its feed could not be opened for batches of {device.target.batch_size} rows", error)
+        raise _Ended
+
+    def _dispatch(self, started: float) -> None:
+        """The slot in the making is full."""
+        self._fill_seconds += time.monotonic() - started
+        assert self._making is not None  # noqa: S101  it is what was filled
+        self._round.append(self._making)
+        self._making = None
+        if self._last_batch != "drop" or len(self._round) >= len(self._devices):
+            self._send_round()
+
+    def _send_round(self) -> None:
+        while self._round:
+            device, target, slot = self._round[0]
+            self._await_room(device)
+            started = time.monotonic()
+            del self._round[0]
+            try:
+                taken = device.send(target, slot)
+            except Exception as error:
+                self._recorder.drop("device_error", slot.filled)
+                self._fail(device, f"a batch of {slot.rows} rows could not be sent", error)
+            if taken:
+                device.queue.recorder.rows_padded += slot.rows - slot.filled
+                device.queue.recorder.send.observe(self._fill_seconds + time.monotonic() - started)
+                self._fill_seconds = 0.0
+            else:
+                self._recorder.drop("stopped", slot.filled)
+
+    def _settle_remainder(self) -> None:
+        """What fills no batch is dropped, kept short or padded; the rotation begins anew."""
+        making, self._making = self._making, None
+        if self._last_batch == "drop":
+            held_back, self._round = self._round, []
+            rows = sum(slot.filled for _, _, slot in held_back) + (making[2].filled if making else 0)
+            self._recorder.drop("final_partial", rows)
+        elif making is not None:
+            device, target, slot = making
+            if self._last_batch == "keep":
+                slot = self._cut_short(slot)
+            else:
+                self._pad(slot)
+            self._round.append((device, target, slot))
+            self._send_round()
+        self._turn = 0
+
+    def _cut_short(self, slot: Slot) -> Slot:
+        arrays = [array[rows_between(axis, 0, slot.filled)] for array, axis in zip(slot.arrays, self._batch_axes, strict=True)]
+        if any(self._batch_axes):  # then a part of the rows is not contiguous
+            arrays = [array.copy() for array in arrays]
+        return Slot(arrays, slot.filled, slot.filled, slot.epoch)
+
+    def _pad(self, slot: Slot) -> None:
+        for array, axis in zip(slot.arrays, self._batch_axes, strict=True):
+            last = array[rows_between(axis, slot.filled - 1, slot.filled)]
+            array[rows_between(axis, slot.filled, slot.rows)] = last
+
+    def _await_room(self, device: Device) -> None:
+        if device.queue.has_room():
+            return
+        recorder = self._recorder
+        recorder.enqueuer_blocked_since = started = time.monotonic()
+        while not device.queue.has_room():
+            self._sleep()
+            if self._signal.stopping:
+                raise _Ended
+        recorder.enqueuer_blocked_since = math.inf
+        recorder.enqueuer_blocked_seconds += time.monotonic() - started
+
+    def _sleep(self) -> None:
+        now = time.monotonic()
+        look_again = self._check_calls(now)
+        try:
+            self._signal.wake.get(timeout=None if look_again == math.inf else max(0.0, look_again - now))
+        except queue.Empty:
+            pass
+
+    def _fail(self, device: Device, what: str, error: BaseException) -> None:
+        self._signal.fail(Failure(FeedFailed, f"{device.name}: {what}", error))
+        raise _Ended from error

@@ -1,0 +1,1 @@
+"""Counting what flows, and showing it."""

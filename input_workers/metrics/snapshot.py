@@ -1,0 +1,93 @@
+"""What a source shows of itself: frozen numbers, derived from the counters when somebody asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["DeviceStats", "HistogramStats", "SourceStats", "StopReport", "StuckThread"]
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramStats:
+    """Durations: how many calls fell under each bound, and their sum in seconds."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]  # one more than bounds: the last is above all of them
+    seconds: float
+
+    @property
+    def count(self) -> int:
+        """How many durations there were."""
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStats:
+    """What one device got."""
+
+    rows_delivered: int
+    batches_delivered: int
+    rows_padded: int
+    queue_depth: int  # batches on the device, waiting for the trainer
+    inputs_per_second: float  # rows delivered, over the last ten seconds
+    wait_seconds: float  # the trainer's, for batches of this device
+    send: HistogramStats  # filling a slot and sending it
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStats:
+    """A source's numbers since it was made. Counters never fall; rows are rows, not chunks."""
+
+    rows_fetched: int  # rows of valid chunks
+    rows_delivered: int  # rows the trainer got
+    rows_in_flight: int  # fetched, and neither delivered nor dropped yet
+    rows_dropped: Mapping[str, int]  # by reason: final_partial, stopped, skipped_error, device_error
+    rows_padded: int  # rows added to fill a last batch; in none of the other counts
+    batches_delivered: int
+    inputs_per_second: float  # rows delivered a second, over the last ten
+    queue_depth: float  # batches' worth of rows that wait for the enqueuer: 0 means that fetching is the bottleneck
+    queue_bytes: int
+    device_queue_depth: int  # batches on the devices: 0 means that the trainer waits
+    fetch_errors: Mapping[str, int]  # by the error's type
+    quarantine: tuple[Any, ...]
+    fetchers_alive: int
+    fetcher_restarts: int
+    fetcher_busy_seconds: float  # inside the fetch function, all fetchers together
+    fetcher_blocked_seconds: float  # waiting because the queue is full: input is ahead
+    enqueuer_busy_seconds: float  # filling slots and sending them
+    enqueuer_blocked_seconds: float  # waiting for room on a device: the trainer is the bottleneck
+    consumer_wait_seconds: float  # the trainer's, for a batch
+    batches_not_ready: int  # received before the copy to the device was done
+    verdict: str  # trainer, fetch, enqueue, starting or stopped: who is the bottleneck, over the whole run
+    devices: Mapping[str, DeviceStats]
+    fetch: HistogramStats = field(repr=False)  # the calls of the fetch function
+
+    @property
+    def ledger(self) -> str:
+        """Where the rows went, in one line."""
+        dropped = ", ".join(f"{rows} {reason}" for reason, rows in self.rows_dropped.items() if rows)
+        return (
+            f"{self.rows_fetched} rows fetched = {self.rows_delivered} delivered + {self.rows_in_flight} in flight + "
+            f"{sum(self.rows_dropped.values())} dropped{f' ({dropped})' if dropped else ''}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StuckThread:
+    """A thread that did not end in time, and where it was."""
+
+    name: str
+    stack: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """How a stop went."""
+
+    ended: bool  # every thread ended
+    stuck: tuple[StuckThread, ...] = ()
+    failures: Mapping[str, str] = field(default_factory=dict)  # by source: why it broke, or what was wrong with its end
+    ledgers: Mapping[str, str] = field(default_factory=dict)  # by source
+    seconds: float = 0.0
