@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import keyword
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
@@ -50,7 +51,7 @@ class ArraySpec:
     @property
     def row_nbytes(self) -> int:
         """Bytes of one row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class FetchRequest:

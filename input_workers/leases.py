@@ -1,12 +1,13 @@
 """Memory that is lent out as arrays and knows by itself when it comes back: when the last view of it has died.
 
-A finalizer may run inside any allocation, in a thread that holds any lock. So giving back only calls
-`queue.SimpleQueue.put`, which is reentrant.
+A weak reference's callback may run inside any allocation, in a thread that holds any lock. So giving back takes none: it
+makes single calls of a dict and a deque, which nothing can interrupt. (Weak references by hand cost a third of
+`weakref.finalize`.)
 """
 
 from __future__ import annotations
 
-import queue
+import collections
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,43 +19,83 @@ from input_workers.contracts import ArraySpec, Slot
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT_BYTES", "SlabPool", "SlotPool"]
+__all__ = ["ALIGNMENT_BYTES", "CopyPool", "SlabPool", "SlotPool"]
 
 # TensorFlow aborts on DLPack memory that is aligned to less; a cache line, too.
 ALIGNMENT_BYTES = 64
+
+# Copies of less than this come from the heap.
+COPY_SLAB_BYTES = 64 * 1024
+
+
+class _Lease(weakref.ref["NDArray[np.uint8]"]):
+    """Knows when the array that it refers to dies, and which slab comes back then."""
+
+    __slots__ = ("slab",)
+    slab: memoryview
 
 
 class SlabPool:
     """Lends out slabs of one size. Thread-safe.
 
-    A slab that comes back is used again; beyond `keep` free ones it is let go. There is always another: a caller never
-    waits for whoever still holds one.
+    A slab that comes back is used again, the one that came last first, because it may still be in a cache; beyond `keep`
+    free ones it is let go. There is always another: a caller never waits for whoever still holds one.
     """
 
-    __slots__ = ("_free", "keep", "nbytes")
+    __slots__ = ("_free", "_lent", "keep", "nbytes")
 
     def __init__(self, nbytes: int, keep: int) -> None:
         self.nbytes = nbytes
         self.keep = keep
-        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._free: collections.deque[memoryview] = collections.deque()
+        self._lent: dict[int, _Lease] = {}
 
     def lease(self) -> NDArray[np.uint8]:
         """Return `nbytes` bytes, 64-byte aligned, with whatever was in them."""
         try:
-            slab = self._free.get_nowait()
-        except queue.Empty:
+            slab = self._free.pop()
+        except IndexError:
             raw = np.empty(self.nbytes + ALIGNMENT_BYTES, np.uint8)
             offset = -raw.ctypes.data % ALIGNMENT_BYTES
             slab = memoryview(raw)[offset : offset + self.nbytes]  # type: ignore[arg-type]
-        # Not a view of the slab's array: NumPy would make every view of it refer to that array, past this one, and the
-        # finalizer would fire at once. It cannot look through a memoryview.
+        # Not a view of the slab's array: NumPy would make every view of it refer to that array, past this one, which
+        # would die at once. It cannot look through a memoryview.
         base = np.frombuffer(slab, np.uint8)
-        weakref.finalize(base, self._give_back, slab).atexit = False
+        lease = _Lease(base, self._give_back)
+        lease.slab = slab
+        self._lent[id(lease)] = lease
         return base
 
-    def _give_back(self, slab: memoryview) -> None:
-        if self._free.qsize() < self.keep:
-            self._free.put(slab)
+    def _give_back(self, lease: _Lease) -> None:
+        del self._lent[id(lease)]
+        if len(self._free) < self.keep:
+            self._free.append(lease.slab)
+
+
+class CopyPool:
+    """Lends out memory for copies of arrays of any size, from slabs of few sizes. Thread-safe.
+
+    A fresh mapping costs a page fault for every 4 KB that is written, several times the copy itself; a slab that was used
+    before costs none. `keep` free slabs are kept of each size.
+    """
+
+    __slots__ = ("_keep", "_pools")
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._pools: dict[int, SlabPool] = {}
+
+    def copy(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return a C-contiguous copy, bit for bit, of the plain array class."""
+        nbytes = array.nbytes
+        if nbytes < COPY_SLAB_BYTES:  # small ones come from the heap, which uses its memory again by itself
+            return np.array(array, copy=True, order="C", subok=False)
+        step = 1 << (nbytes.bit_length() - 3)  # four sizes for each power of two: at most a quarter is unused
+        size = -(-nbytes // step) * step
+        pool = self._pools.get(size) or self._pools.setdefault(size, SlabPool(size, self._keep))
+        target = pool.lease()[:nbytes].view(array.dtype).reshape(array.shape)
+        np.copyto(target, array, casting="no")
+        return target
 
 
 class SlotPool:

@@ -9,10 +9,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from input_workers.contracts import Chunk
 from input_workers.errors import Failure, LifecycleError
 from input_workers.fetchers.chunk_check import ChunkCheck
-from input_workers.fetchers.fetch_loop import Calls, fetch_loop
+from input_workers.fetchers.fetch_loop import FunctionCalls, StreamCalls, fetch_loop
 from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.flow.device_queue import DeviceQueue
 from input_workers.flow.enqueuer import Enqueuer
@@ -33,7 +35,7 @@ class InlineFetcher:
     def __init__(
         self,
         source: str,
-        calls: Calls,
+        calls: FunctionCalls | StreamCalls,
         check: ChunkCheck,
         chunks: ChunkQueue,
         enqueuer: Enqueuer,
@@ -68,7 +70,7 @@ class InlineFetcher:
             self._wanted_by = device
             self._deadline = time.monotonic() + timeout_s
             self._tried = False
-            ended = fetch_loop(self._source, self._calls, self._check, self, self._recorder, self, self._fail)
+            ended = fetch_loop(self._source, self._calls, self._check, self, self._recorder, self._idle, self._fail, np.array)
             if ended or self._signal.failure is not None:
                 self._chunks.close()
                 self._enqueuer.finish()
@@ -91,17 +93,17 @@ class InlineFetcher:
         """An offer is refused only when the run has ended."""
         return False
 
-    def is_set(self) -> bool:
+    @property
+    def closed(self) -> bool:
         """Whether to stop fetching, for now or for good."""
         assert self._wanted_by is not None  # noqa: S101  set by provide
         if not self._wanted_by.is_empty or self._signal.stopping or self._signal.failure is not None:
             return True
         return self._tried and time.monotonic() >= self._deadline
 
-    def wait(self, timeout: float) -> object:
-        """Wait before asking again when there is no data now."""
+    def _idle(self, seconds: float) -> None:
         self._tried = True
-        return self._signal.ended.wait(min(timeout, max(0.0, self._deadline - time.monotonic())))
+        self._signal.ended.wait(min(seconds, max(0.0, self._deadline - time.monotonic())))
 
     def _fail(self, failure: Failure) -> None:
         if failure.cause is not None and not isinstance(failure.cause, Exception):

@@ -80,13 +80,12 @@ class ChunkCheck:
         row_nbytes: bytes of one row of all inputs; 0 before the first rows were seen.
     """
 
-    __slots__ = ("_axes", "_book", "_dtypes", "_known", "row_nbytes")
+    __slots__ = ("_axes", "_book", "_layouts", "row_nbytes")
 
     def __init__(self, book: SpecBook) -> None:
         self._book = book
         self._axes = book.batch_axes
-        self._dtypes: tuple[np.dtype[Any], ...] = ()
-        self._known: tuple[dict[tuple[int, ...], int], ...] = ()  # {shape: rows} of each input
+        self._layouts: tuple[tuple[np.dtype[Any], dict[tuple[int, ...], int]], ...] = ()  # dtype, {shape: rows}
         self.row_nbytes = 0
 
     def rows_of(self, result: Any, request: FetchRequest | None) -> int:
@@ -95,20 +94,24 @@ class ChunkCheck:
         Raises:
             SpecMismatch: with what was got and wanted.
         """
-        kind = type(result)
-        if (kind is not list and kind is not tuple) or len(result) != len(self._known):
-            return self._check_slowly(result, request)
-        rows = -1
         # The common case at its cheapest: plain arrays of known dtypes and shapes, with as many rows each.
-        for array, dtype, known in zip(result, self._dtypes, self._known):  # noqa: B905  the lengths are equal
-            if type(array) is not ndarray or array.dtype is not dtype:
+        rows = index = 0
+        try:
+            if len(result) != len(self._layouts):
                 return self._check_slowly(result, request)
-            count = known.get(array.shape)
-            if count != rows:
-                if count is None or rows >= 0:
+            for dtype, known in self._layouts:
+                array = result[index]
+                if type(array) is not ndarray or array.dtype is not dtype:
                     return self._check_slowly(result, request)
-                rows = count
-        if request is not None and rows != len(request.rows):
+                count = known[array.shape]
+                if count != rows:
+                    if index:
+                        return self._check_slowly(result, request)
+                    rows = count
+                index += 1
+        except (TypeError, KeyError, IndexError):  # None, a new number of rows, or no chunk at all
+            return self._check_slowly(result, request)
+        if not rows or (request is not None and rows != len(request.rows)):
             return self._check_slowly(result, request)
         return rows
 
@@ -158,11 +161,10 @@ class ChunkCheck:
         return int(counts[0])
 
     def _learn(self, specs: Sequence[ArraySpec], rows: int) -> None:
-        if not self._known or len(self._known[0]) >= MAX_KNOWN_SHAPES:
-            self._dtypes = tuple(spec.dtype for spec in specs)
-            self._known = tuple({} for _ in specs)
+        if not self._layouts or len(self._layouts[0][1]) >= MAX_KNOWN_SHAPES:
+            self._layouts = tuple((spec.dtype, {}) for spec in specs)
             self.row_nbytes = sum(spec.row_nbytes for spec in specs)
-        for spec, axis, known in zip(specs, self._axes, self._known, strict=True):
+        for spec, axis, (_, known) in zip(specs, self._axes, self._layouts, strict=True):
             known[spec.batch_shape(rows, axis)] = rows
 
     def _mismatch(self, got: str, wanted: str) -> SpecMismatch:

@@ -12,12 +12,12 @@ from input_workers.contracts import Chunk, FetchFunction, FetchRequest
 from input_workers.errors import EndOfData, Failure, FetchFailed, describe
 from input_workers.fetchers.chunk_check import ChunkCheck
 from input_workers.fetchers.ownership import owned
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.recorder import SAMPLES_BEFORE_FOLDING, FetcherRecorder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BackOff", "Calls", "FunctionCalls", "fetch_failure", "fetch_loop"]
+__all__ = ["BackOff", "FunctionCalls", "StreamCalls", "fetch_failure", "fetch_loop"]
 
 log = logging.getLogger("input_workers")
 
@@ -27,30 +27,27 @@ LAST_BACK_OFF_SECONDS = 0.1
 NO_DATA_WARNING_SECONDS = 10.0
 
 
-class Calls(Protocol):
-    """The calls a fetcher makes, one after the other."""
-
-    def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest | None]:
-        """Make the next call of foreign code; return its result and the request. Raises EndOfData when done."""
-
-
 class FunctionCalls:
-    """Calls of a plain function `f(worker_id, batch_size)`. `batch_size` may be changed at any time."""
+    """Calls of a plain function `function(worker_id, batch_size)`. `batch_size` may be changed at any time."""
 
-    __slots__ = ("_fetch_fun", "batch_size")
+    __slots__ = ("batch_size", "function")
 
-    def __init__(self, fetch_fun: FetchFunction, batch_size: int) -> None:
-        self._fetch_fun = fetch_fun
+    def __init__(self, function: FetchFunction, batch_size: int) -> None:
+        self.function = function
         self.batch_size = batch_size
 
-    def next(self, recorder: FetcherRecorder) -> tuple[Any, None]:
-        """Call the function once."""
-        return self._fetch_fun(recorder.worker_id, self.batch_size), None
+
+class StreamCalls(Protocol):
+    """Calls of a source's `fetch`, dealt to the fetchers request by request: see `sources.stream.StreamCalls`."""
+
+    def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest]:
+        """Make the next call; return its result and the request. Raises EndOfData after the last."""
 
 
 class Chunks(Protocol):
     """Where chunks go: see `flow.chunk_queue.ChunkQueue`."""
 
+    closed: bool
     pack_below_nbytes: int
 
     def pack(self, arrays: Sequence[NDArray[Any]], rows: int, nbytes: int) -> bool:
@@ -61,16 +58,6 @@ class Chunks(Protocol):
 
     def put(self, chunk: Chunk) -> bool:
         """Put, waiting; False if it was not taken."""
-
-
-class Ended(Protocol):
-    """Whether to go on: a `threading.Event`, or what looks like one."""
-
-    def is_set(self) -> bool:
-        """Whether no more is wanted."""
-
-    def wait(self, timeout: float) -> object:
-        """Wait, at most this many seconds, until it is set."""
 
 
 class BackOff:
@@ -103,12 +90,13 @@ def fetch_failure(source: str, recorder: FetcherRecorder, error: BaseException) 
 
 def fetch_loop(
     source: str,
-    calls: Calls,
+    calls: FunctionCalls | StreamCalls,
     check: ChunkCheck,
     chunks: Chunks,
     recorder: FetcherRecorder,
-    ended: Ended,
+    idle: Callable[[float], object],
     fail: Callable[[Failure], object],
+    copy: Callable[[NDArray[Any]], NDArray[Any]],
 ) -> bool:
     """Fetch until the data end, the queue closes or something is raised, in the fetcher's own thread.
 
@@ -121,37 +109,43 @@ def fetch_loop(
         check: of its result.
         chunks: where the chunks go.
         recorder: of this fetcher.
-        ended: set when no more is wanted; waited on when there is no data now.
+        idle: waits so many seconds when there is no data now, or less when the queue closes.
         fail: told the failure; called at most once.
+        copy: copies an array that somebody else can reach.
     """
     back_off: BackOff | None = None
-    observe = recorder.calls.observe
-    offer, pack = chunks.offer, chunks.pack
-    next_call = calls.next
-    is_ended = ended.is_set
-    clock = time.monotonic
-    rows_of = check.rows_of
+    function = calls.function if isinstance(calls, FunctionCalls) else None
+    request: FetchRequest | None = None
+    worker_id = recorder.worker_id
+    durations = recorder.calls
+    clock, rows_of, offer, pack = time.monotonic, check.rows_of, chunks.offer, chunks.pack
     now = clock()
     try:
-        while not is_ended():
+        while not chunks.closed:
             recorder.call_started = now
-            result, request = next_call(recorder)
+            if function is not None:
+                result = function(worker_id, calls.batch_size)  # type: ignore[union-attr]
+            else:
+                result, request = calls.next(recorder)  # type: ignore[union-attr]
             started, now = now, clock()
-            # One look at the clock a call: what lies between two calls is shorter than its resolution is good for.
-            observe(now - started)
+            # One look at the clock a call: what lies between two calls is shorter than it is worth to measure.
+            durations.samples.append(now - started)
+            if len(durations.samples) >= SAMPLES_BEFORE_FOLDING:
+                durations.fold()
             rows = rows_of(result, request)
             if not rows:
                 recorder.call_started = math.inf
                 back_off = back_off or BackOff(source, recorder.worker_id)
-                ended.wait(back_off.next_seconds())
+                idle(back_off.next_seconds())
                 now = clock()
                 continue
             back_off = None
             recorder.rows += rows
             nbytes = rows * check.row_nbytes
-            if nbytes <= chunks.pack_below_nbytes and request is None and pack(result, rows, nbytes):
+            if nbytes < chunks.pack_below_nbytes and request is None and pack(result, rows, nbytes):
                 continue
-            chunk: Chunk = owned(result, request.out if request is not None else None), rows, nbytes, request
+            lent = request.out if request is not None else None
+            chunk: Chunk = owned(result, lent, copy), rows, nbytes, request
             del result
             if offer(chunk):
                 del chunk

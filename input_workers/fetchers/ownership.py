@@ -6,7 +6,7 @@ owns its memory, or is the only view of an array that does; anything else is cop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,17 @@ _REFS_OF_ARRAY = 4  # the list it was returned in, the iterator's tuple, the loo
 _REFS_OF_BASE = 3  # the view, a variable, getrefcount's argument
 
 
-def owned(result: Sequence[NDArray[Any]], lent: Sequence[NDArray[Any]] | None) -> Sequence[NDArray[Any]]:
+def owned(
+    result: Sequence[NDArray[Any]],
+    lent: Sequence[NDArray[Any]] | None,
+    copy: Callable[[NDArray[Any]], NDArray[Any]],
+) -> Sequence[NDArray[Any]]:
     """Return the result's arrays, or copies where somebody else could reach them.
 
     Args:
         result: what the fetch function returned, in a variable of the caller and nowhere else of ours.
         lent: memory that was lent to the function to write into; such an array is ours.
+        copy: copies an array to memory that is ours.
     """
     all_shared = type(result) not in (list, tuple) or getrefcount(result) > _REFS_OF_RESULT or not _TAKE_OVER
     arrays: list[NDArray[Any]] = []
@@ -40,7 +45,7 @@ def owned(result: Sequence[NDArray[Any]], lent: Sequence[NDArray[Any]] | None) -
         if ours and not array.flags.owndata:
             base = array.base
             ours = type(base) is np.ndarray and base.flags.owndata and getrefcount(base) <= _REFS_OF_BASE
-        arrays.append(array if ours else np.array(array, copy=True, order="C", subok=False))
+        arrays.append(array if ours else copy(array))
     return arrays
 
 
@@ -49,7 +54,7 @@ def _counts_are_right() -> bool:
     kept_array, kept_base, kept_list = np.zeros(1), np.zeros(2), [np.zeros(1)]
     for make in (lambda: [kept_array], lambda: [kept_base[:1]], lambda: kept_list, lambda: (kept_array,)):
         result = make()
-        if np.shares_memory(owned(result, None)[0], result[0]):
+        if np.shares_memory(owned(result, None, np.copy)[0], result[0]):
             return False
     return True
 

@@ -29,13 +29,14 @@ BLOCK_ROWS = 128
 class _Waiter:
     """A chunk at the door. `gate` is opened once, when `accepted` is decided."""
 
-    __slots__ = ("accepted", "chunk", "gate", "turn")
+    __slots__ = ("accepted", "chunk", "gate", "spent", "turn")
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
         request = chunk[3]
         self.turn = request.epoch if request is not None else 0
         self.accepted = False
+        self.spent: list[Chunk] = []
         self.gate = threading.Lock()
         self.gate.acquire()
 
@@ -50,7 +51,10 @@ class ChunkQueue:
         by_rows: whether a chunk weighs its rows or 1.
         requests_per_epoch: keep epochs apart: chunks of the next epoch wait at the door until this many of the
             current one entered; then an end mark, a chunk of 0 rows, follows them.
-        pack_below_nbytes: chunks up to this size may be given to `pack`.
+        pack_below_nbytes: smaller chunks may be given to `pack`.
+
+    Attributes:
+        closed: nothing more enters.
     """
 
     # Invariant under _lock: `_weight` and `_nbytes` are those of the waiting chunks and of the taken ones (`_taken`) that
@@ -77,15 +81,16 @@ class ChunkQueue:
         self._requests_per_epoch = requests_per_epoch
         self._lock = threading.Lock()
         self._chunks: list[Chunk] = []
-        self._packed: list[bytearray] = []
+        self._packed: list[bytes] = []  # the first input's, the second's, ..., of one chunk after the other
         self._packed_like: Sequence[NDArray[Any]] = ()
         self._packed_rows = 0
         self._door: list[_Waiter] = []
+        self._spent: list[Chunk] = []  # copied, and not yet freed
         self._weight = 0
         self._nbytes = 0
         self._taken = 0  # weight of the chunks taken and not yet released
         self._wake_at: float = math.inf  # the taker sleeps until this much weight is charged
-        self._closed = False
+        self.closed = False
         self._open = requests_per_epoch is None
         self._epoch = 0
         self._entered = 0  # requests of this epoch that entered
@@ -94,6 +99,7 @@ class ChunkQueue:
     def offer(self, chunk: Chunk) -> bool:
         """Put the chunk if there is room at once and nobody waits; the cheap half of putting."""
         with self._lock:
+            spent = self._reclaim()
             weight = self._weight + (chunk[1] if self._by_rows else 1)
             nbytes = self._nbytes + chunk[2]
             if weight > self.max_weight or nbytes > self._max_nbytes or not self._open:
@@ -103,10 +109,12 @@ class ChunkQueue:
             self._chunks.append(chunk)
             self._weight = weight
             self._nbytes = nbytes
-            if weight < self._wake_at:
-                return True
-            self._wake_at = math.inf
-        self._wake.put(None)
+            wake = weight >= self._wake_at
+            if wake:
+                self._wake_at = math.inf
+        if wake:
+            self._wake.put(None)
+        del spent  # freed here, in the fetcher's thread and outside the lock
         return True
 
     def pack(self, arrays: Sequence[NDArray[Any]], rows: int, nbytes: int) -> bool:
@@ -116,30 +124,34 @@ class ChunkQueue:
         rows are weighed and lie along axis 0.
         """
         with self._lock:
+            spent = self._reclaim()
             weight = self._weight + rows
             if weight > self.max_weight or self._nbytes + nbytes > self._max_nbytes or not self._open:
                 return False
             if not 0 < self._packed_rows < BLOCK_ROWS:
                 self._seal()
-                self._packed = [bytearray() for _ in arrays]
                 self._packed_like = [array[:0] for array in arrays]
-            for block, array in zip(self._packed, arrays):  # noqa: B905  checked to be as many
-                block += array.tobytes()  # half the price of assigning to a slice of an array
+            append = self._packed.append
+            for array in arrays:
+                append(array.tobytes())  # half the price of assigning to a slice of an array
             self._packed_rows += rows
             self._weight = weight
             self._nbytes += nbytes
-            if weight < self._wake_at:
-                return True
-            self._wake_at = math.inf
-        self._wake.put(None)
+            wake = weight >= self._wake_at
+            if wake:
+                self._wake_at = math.inf
+        if wake:
+            self._wake.put(None)
+        del spent
         return True
 
     def put(self, chunk: Chunk) -> bool:
         """Put the chunk, waiting for room; False: the queue was closed and did not take it."""
         waiter = _Waiter(chunk)
         with self._lock:
-            if self._closed:
+            if self.closed:
                 return False
+            waiter.spent = self._reclaim()
             self._door.append(waiter)
             self._admit()
             # One who waits at the door wakes the taker, even if no batch is complete: what it took may be copied.
@@ -148,6 +160,7 @@ class ChunkQueue:
                 self._wake_at = math.inf
         if wake:
             self._wake.put(None)
+        waiter.spent.clear()
         waiter.gate.acquire()
         return waiter.accepted
 
@@ -157,27 +170,35 @@ class ChunkQueue:
         Less than `wanted` is returned when somebody waits at the door, at the end of an epoch, or when closed.
         """
         with self._lock:
+            left = self._reclaim()
             if self._door and not self._chunks:
                 self._admit()
             self._wake_at = self._taken + wanted
-            if (self._chunks or self._packed_rows) and (self._door or self._closed or self._is_enough()):
+            if (self._chunks or self._packed_rows) and (self._door or self.closed or self._is_enough()):
                 self._wake_at = math.inf
                 self._seal()
                 chunks, self._chunks = self._chunks, []
                 self._taken = self._weight
                 self._epoch_ended = False
-                return chunks
-            return []
+            else:
+                chunks = []
+        del left
+        return chunks
 
-    def release(self, weight: int, nbytes: int) -> None:
-        """The taker has copied this much. Lets in those at the door once the queue is half empty."""
+    def release(self, chunks: list[Chunk]) -> None:
+        """The taker has copied these chunks, and keeps no reference to them. Lets in those at the door once half is free.
+
+        Giving a large chunk's memory back takes as long as copying it. So the next fetcher that comes does that, in its
+        own thread; what none has come for until the next release is freed here. Until then it stays charged.
+        """
         with self._lock:
-            self._weight -= weight
-            self._nbytes -= nbytes
-            self._taken -= weight
+            left = self._reclaim()
+            self._spent = chunks
             # Waking a fetcher for each batch would cost a hand-over each; half a queue at a time costs few.
             if self._door and self._weight * 2 <= self.max_weight:
+                self._door[0].spent = self._reclaim()
                 self._admit()
+        del left
 
     def close(self) -> None:
         """Take no more chunks; those that wait can still be taken. Those at the door are refused."""
@@ -189,8 +210,10 @@ class ChunkQueue:
         """Close, and forget the waiting chunks; return their rows."""
         with self._lock:
             self._refuse()
-            rows = self._packed_rows + sum(chunk[1] for chunk in self._chunks)
-            self._chunks, self._packed, self._packed_rows = [], [], 0
+            self._seal()
+            rows = sum(chunk[1] for chunk in self._chunks)
+            self._nbytes -= sum(chunk[2] for chunk in self._chunks)
+            self._chunks = []
             self._weight = self._taken
         self._wake.put(None)
         return rows
@@ -199,13 +222,25 @@ class ChunkQueue:
     def drained(self) -> bool:
         """Whether it is closed and every chunk was taken."""
         with self._lock:
-            return self._closed and not self._chunks and not self._packed_rows
+            return self.closed and not self._chunks and not self._packed_rows
 
     @property
     def charged(self) -> tuple[int, int]:
         """Weight and bytes that wait, or were taken and are not yet copied."""
         with self._lock:
             return self._weight, self._nbytes
+
+    def _reclaim(self) -> list[Chunk]:
+        """Uncharge the spent chunks and return them to whoever frees them, outside the lock."""
+        spent = self._spent
+        if spent:
+            self._spent = []
+            weight = sum(chunk[1] for chunk in spent) if self._by_rows else len(spent)
+            self._weight -= weight
+            self._taken -= weight
+            self._wake_at -= weight
+            self._nbytes -= sum(chunk[2] for chunk in spent)
+        return spent
 
     def _is_enough(self) -> bool:
         return self._weight >= self._wake_at or self._epoch_ended
@@ -214,17 +249,19 @@ class ChunkQueue:
         """Make the packed rows a chunk."""
         rows = self._packed_rows
         if rows:
-            arrays = [
-                np.frombuffer(block, like.dtype).reshape(rows, *like.shape[1:])
-                if block
-                else np.empty((rows, *like.shape[1:]), like.dtype)  # rows without values
-                for block, like in zip(self._packed, self._packed_like, strict=True)
-            ]
-            self._chunks.append((arrays, rows, sum(map(len, self._packed)), None))
+            arrays = []
+            nbytes = 0
+            for index, like in enumerate(self._packed_like):
+                block = bytearray().join(self._packed[index :: len(self._packed_like)])
+                nbytes += len(block)
+                shape = (rows, *like.shape[1:])
+                # An empty block: rows without values.
+                arrays.append(np.frombuffer(block, like.dtype).reshape(shape) if block else np.empty(shape, like.dtype))
+            self._chunks.append((arrays, rows, nbytes, None))
             self._packed, self._packed_like, self._packed_rows = [], (), 0
 
     def _refuse(self) -> None:
-        self._closed = True
+        self.closed = True
         self._open = False
         for waiter in self._door:
             waiter.gate.release()
@@ -256,4 +293,4 @@ class ChunkQueue:
                 self._epoch += 1
                 self._entered = 0
                 index = 0  # the next epoch's turn: those that were passed over
-        self._open = not self._door and not self._closed and self._requests_per_epoch is None
+        self._open = not self._door and not self.closed and self._requests_per_epoch is None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from input_workers.contracts import DeviceFeed
 from input_workers.errors import WaitTimeout
@@ -16,8 +15,7 @@ from input_workers.metrics.recorder import DeviceRecorder
 __all__ = ["DeviceQueue", "QueuedBatch"]
 
 
-@dataclass(frozen=True, slots=True)
-class QueuedBatch:
+class QueuedBatch(NamedTuple):
     """A batch on its way to the trainer. `feed` is None for the mark at the end of an epoch."""
 
     ticket: Any

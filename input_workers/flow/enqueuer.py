@@ -170,21 +170,20 @@ class Enqueuer:
                 self._making = self._begin_slot()
                 slot = self._making[2]
                 if slot.filled:  # a chunk that is a batch as it is
-                    self._release(slot.rows, 1)
+                    self._chunks.release([((), slot.rows, self._row_nbytes * slot.rows, None)])
             else:
                 slot = self._making[2]
             if slot.filled < slot.rows:
-                self._release(*rechunker.fill(slot))
+                copied = rechunker.fill(slot)
+                if copied:
+                    self._chunks.release(copied)
+                    del copied  # or they would live until the next batch
             full = slot.filled == slot.rows
             del slot  # the trainer may let go of the batch before this frame ends
             if full:
                 self._dispatch(started)
             else:
                 self._fill_seconds += time.monotonic() - started
-
-    def _release(self, rows: int, chunks: int) -> None:
-        if chunks:
-            self._chunks.release(rows if self._rebatch else chunks, rows * self._row_nbytes)
 
     def _begin_slot(self) -> _Making:
         """Return the next slot to fill, or one that is full, because it is the next chunk itself."""
@@ -204,7 +203,7 @@ class Enqueuer:
                 continue
             self._turn += 1
             specs = self._specs()
-            self._row_nbytes = sum(spec.row_nbytes for spec in specs)
+            self._row_nbytes = self._row_nbytes or sum(spec.row_nbytes for spec in specs)
             try:
                 return device, device.begin(specs)
             except Exception as error:

@@ -73,15 +73,15 @@ class Rechunker:
         self._forget(1)
         return Slot(arrays, chunk_rows, chunk_rows, _epoch_of(request))
 
-    def fill(self, slot: Slot) -> tuple[int, int]:
+    def fill(self, slot: Slot) -> list[Chunk]:
         """Copy held rows into the slot behind those it has, until it is full or none is held.
 
         Returns:
-            Rows and number of the chunks that are now wholly copied and no longer held.
+            The chunks that are now wholly copied and no longer held.
         """
         wanted = min(slot.rows - slot.filled, self.rows)
         if not wanted:
-            return 0, 0
+            return []
         held = self._held
         if not slot.filled:
             slot.epoch = _epoch_of(held[0][3])
@@ -101,17 +101,17 @@ class Rechunker:
             np.concatenate(pieces, axis, out=target, casting="no")
         slot.filled = end
         self._done = stop
-        return self._forget(whole), whole
+        return self._forget(whole)
 
-    def _forget(self, count: int) -> int:
-        """Let go of the first `count` chunks, which were copied whole; return their rows."""
+    def _forget(self, count: int) -> list[Chunk]:
+        """Let go of the first `count` chunks, which were copied whole; return them."""
         if not count:
-            return 0
-        rows = self._ends[count - 1] - self._begin
-        self._begin += rows
+            return []
+        chunks = self._held[:count]
+        self._begin = self._ends[count - 1]
         del self._held[:count]
         del self._ends[:count]
-        return rows
+        return chunks
 
     def _cut(self, arrays: Sequence[NDArray[Any]], start: int, stop: int) -> list[NDArray[Any]]:
         return [array[rows_between(axis, start, stop)] for array, axis in zip(arrays, self._axes, strict=True)]

@@ -50,27 +50,34 @@ RATE_MARK_SECONDS = 0.5
 
 
 class Histogram:
-    """Durations in seconds. One thread observes, any thread reads.
+    """Durations in seconds. One thread adds, any thread reads.
 
-    Observing is an append; `fold` sorts what has gathered into the buckets. `_state` is replaced as a whole, so a reader
-    sees no sample twice.
+    Adding is an append to `samples`; `fold` sorts what has gathered into buckets. `_folded` and the list that goes with it
+    are replaced as one, so a reader sees no sample twice.
     """
 
-    __slots__ = ("_state",)
+    __slots__ = ("_folded", "samples")
 
     def __init__(self) -> None:
-        self._state: tuple[tuple[int, ...], float, list[float]] = ((0,) * (len(BUCKETS_SECONDS) + 1), 0.0, [])
+        self.samples: list[float] = []
+        self._folded: tuple[tuple[int, ...], float, list[float]] = ((0,) * (len(BUCKETS_SECONDS) + 1), 0.0, self.samples)
 
     def observe(self, seconds: float) -> None:
-        """Add one duration."""
-        samples = self._state[2]
-        samples.append(seconds)
-        if len(samples) >= SAMPLES_BEFORE_FOLDING:
-            self._state = (*self.read(), [])
+        """Add one duration. (The fetch loop does these lines itself.)"""
+        self.samples.append(seconds)
+        if len(self.samples) >= SAMPLES_BEFORE_FOLDING:
+            self.fold()
+
+    def fold(self) -> None:
+        """Sort the samples into the buckets. The adding thread's."""
+        counts, seconds = self.read()
+        fresh: list[float] = []
+        self._folded = (counts, seconds, fresh)
+        self.samples = fresh
 
     def read(self) -> tuple[tuple[int, ...], float]:
         """Return (count of each bucket, the last one above all bounds; sum of the seconds)."""
-        counts, total, samples = self._state
+        counts, total, samples = self._folded
         seconds = np.array(samples, np.float64)
         fresh = np.bincount(np.searchsorted(BUCKETS_SECONDS, seconds), minlength=len(counts))
         return tuple(int(count) for count in fresh + np.array(counts)), total + float(seconds.sum())
@@ -79,12 +86,12 @@ class Histogram:
     def merged(cls, histograms: Iterable[Histogram]) -> Histogram:
         """Return a histogram of all that these have observed so far."""
         merged = cls()
-        counts, seconds, _ = merged._state
+        counts, seconds, samples = merged._folded
         for histogram in histograms:
             more, more_seconds = histogram.read()
             counts = tuple(a + b for a, b in zip(counts, more, strict=True))
             seconds += more_seconds
-        merged._state = (counts, seconds, [])
+        merged._folded = (counts, seconds, samples)
         return merged
 
 

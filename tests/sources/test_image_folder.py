@@ -44,9 +44,7 @@ def smooth(height, width, seed=0):
 def encode(kind, picture):
     extension, parameters = FORMATS[kind]
     colours = {2: None, 3: cv2.COLOR_RGB2BGR}[picture.ndim]
-    done, encoded = cv2.imencode(
-        extension.lower(), picture if colours is None else cv2.cvtColor(picture, colours), parameters
-    )
+    done, encoded = cv2.imencode(extension.lower(), picture if colours is None else cv2.cvtColor(picture, colours), parameters)
     assert done
     return encoded.tobytes()
 
@@ -90,9 +88,7 @@ def turned(picture, orientation):
     """What EXIF says: rows and columns of the stored picture, put where they are to be seen."""
     if orientation >= 5:
         picture = picture.transpose(1, 0, 2)
-    vertical, horizontal = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(
-        orientation, (1, 1)
-    )
+    vertical, horizontal = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(orientation, (1, 1))
     return picture[::vertical, ::horizontal]
 
 
@@ -279,9 +275,7 @@ class TestPictures:
         encoded = encode(kind, smooth(20, 21))
         whole = one(tmp_path, encoded, image_size=(20, 21))
         interpolation = cv2.INTER_AREA if size[0] < 20 else cv2.INTER_LINEAR
-        assert (
-            one(tmp_path, encoded, image_size=size) == cv2.resize(whole, size[::-1], interpolation=interpolation)
-        ).all()
+        assert (one(tmp_path, encoded, image_size=size) == cv2.resize(whole, size[::-1], interpolation=interpolation)).all()
 
     @pytest.mark.parametrize("kind", ["jpeg", "png", "bmp"])
     def test_grey_becomes_three_equal_channels(self, tmp_path, kind):
@@ -506,9 +500,7 @@ class TestTooLarge:
             one(tmp_path, encoded, max_pixels=599)
 
     def test_the_size_of_a_webp_with_alpha_is_read(self, tmp_path):
-        _, encoded = cv2.imencode(
-            ".webp", np.dstack([smooth(20, 30), smooth(20, 30)[..., :1]]), [cv2.IMWRITE_WEBP_QUALITY, 80]
-        )
+        _, encoded = cv2.imencode(".webp", np.dstack([smooth(20, 30), smooth(20, 30)[..., :1]]), [cv2.IMWRITE_WEBP_QUALITY, 80])
         assert encoded.tobytes()[12:16] == b"VP8X"
         assert image_decode.read_header(encoded.tobytes())[:3] == ("WebP", 30, 20)
 

@@ -1,0 +1,49 @@
+# make run    trains on the handwritten digits; CONFIG=configs/image_folder.toml trains on images of yours
+# make test   runs every test, in random order; PYTEST="-m 'not tensorflow'" runs some
+# make lint   ruff and mypy
+# make bench  measures the core against the limits of this machine
+# make clean  removes what these have made
+#
+# Only Python 3.11 (or newer), pip, make and git are needed. The first call of a target makes a virtual environment in
+# .venv, or VENV=..., and installs into it what the target needs; later calls take seconds.
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/digits.toml
+PYTEST ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DELETE_ON_ERROR:
+.PHONY: run test lint bench clean
+
+run: $(VENV)/.demo
+	$(BIN)/input-workers train $(CONFIG)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.bench
+	$(BIN)/input-workers bench core
+
+# One stamp for each set of packages. The build tools are pinned too, so they come first and nothing else builds.
+$(VENV)/.tools: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools wheel
+	touch $@
+
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.tools pyproject.toml
+	@echo "installing into $(VENV)"
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,99 @@
+"""Interleaved rounds go in, medians and ratios come out: a shared machine's noise hits all sides alike."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import input_workers as iw
+
+__all__ = ["Result", "Stopwatch", "compare", "drain", "table"]
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A line of the report: `value` should be at least `target`, or at most where `at_most`."""
+
+    name: str
+    value: float | None  # None: it could not be measured, and `note` says why
+    target: float
+    unit: str
+    note: str
+    at_most: bool = False
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is met."""
+        if self.value is None:
+            return False
+        return self.value <= self.target if self.at_most else self.value >= self.target
+
+
+class Stopwatch:
+    """Seconds between entering and leaving, the garbage collector kept out of what was made before."""
+
+    seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure the body."""
+        gc.collect()
+        gc.freeze()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds = time.perf_counter() - started
+            gc.unfreeze()
+
+
+def compare(sides: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Run every side once a round, in turn; return the rates of each."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            rates[name].append(run())
+    return rates
+
+
+def median_ratio(rates: dict[str, list[float]], name: str, to: str) -> float:
+    """Return the median over the rounds of one side's rate divided by another's in the same round."""
+    return statistics.median(a / b for a, b in zip(rates[name], rates[to], strict=True))
+
+
+def drain(
+    fetch: Any, names: list[str], batch_size: int, workers: int, feed: str = "numpy", **options: Any
+) -> tuple[int, float]:
+    """Read a source to its end; return (rows delivered, seconds from start to end)."""
+    coordinator = iw.init_data_input_workers(
+        feed, names, fetch, batch_size, workers, "bench", coordinator=iw.GlobalCoordinator(), **options
+    )
+    watch = Stopwatch()
+    rows = 0
+    with watch.running():
+        coordinator.start()
+        for batch in coordinator["bench"]:
+            rows += len(batch[0])
+    if not coordinator.stop():
+        raise RuntimeError(f"benchmark: stop() was not clean: {coordinator.last_stop}")
+    return rows, watch.seconds
+
+
+def table(results: list[Result]) -> str:
+    """Return the report as text."""
+    lines = [f"{'':<2}{'benchmark':<44}{'measured':>14}{'target':>14}  note"]
+    for result in results:
+        mark = "ok" if result.met else "--" if result.value is None else "NO"
+        value = "not measured" if result.value is None else f"{result.value:.3g} {result.unit}".strip()
+        sign = "<=" if result.at_most else ">="
+        lines.append(
+            f"{mark:<2}{result.name:<44}{value:>14}{f'{sign} {result.target:g} {result.unit}'.rstrip():>14}  {result.note}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""The command line: `input-workers train | check | bench`. Arguments go in, an exit code comes out.
+
+0: done. 1: it failed, or the configuration has faults; the message says why. 2: the command line is wrong.
+130: interrupted by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from input_workers.errors import ConfigError, InputWorkersError
+
+__all__ = ["main"]
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; `arguments` are those of the process by default. Returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        if parsed.command == "train":
+            return _train(parsed.config)
+        if parsed.command == "check":
+            return _check(parsed.config)
+        return _bench(parsed.benchmark)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except InputWorkersError as error:
+        if parsed.debug:
+            raise
+        print(f"error: {_explain(error)}", file=sys.stderr)
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="input-workers", description="An input service inside a trainer.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train the model of a configuration, and show where rows and time went")
+    train.add_argument("config", metavar="CONFIG.toml")
+    check = commands.add_parser("check", help="say what is wrong with a configuration, everything at once")
+    check.add_argument("config", metavar="CONFIG.toml")
+    bench = commands.add_parser("bench", help="measure the package against the limits of this machine")
+    bench.add_argument("benchmark", choices=["core"])
+    for command in (train, check, bench):  # after the command too; left out there, it does not undo the first
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def _train(path: str) -> int:
+    from rich.console import Console
+
+    from input_workers.config import load_config
+    from input_workers.jobs.train import train
+
+    # Names of files and classes are shown as they are, and lines are cut by nobody.
+    train(load_config(path), Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
+    return 0
+
+
+def _check(path: str) -> int:
+    from input_workers.config import load_config
+
+    load_config(path)
+    print(f"{path}: ok")
+    return 0
+
+
+def _bench(benchmark: str) -> int:
+    name = f"input_workers.bench.{benchmark}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"bench {benchmark} needs {error.name}: pip install input-workers[bench]") from error
+    return int(module.main() or 0)
+
+
+def _explain(error: BaseException) -> str:
+    """Return the message of an error, and of its cause where it does not tell it already."""
+    text = str(error)
+    cause = error.__cause__
+    if cause is not None and str(cause) not in text and isinstance(error, InputWorkersError):
+        text = f"{text}: {_explain(cause)}"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

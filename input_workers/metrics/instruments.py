@@ -1,0 +1,143 @@
+"""The one table of metric names: a source's numbers go in, samples with their labels come out. Dashboards are checked
+against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from input_workers.metrics.snapshot import HistogramStats, SourceStats
+
+__all__ = ["INSTRUMENTS", "Instrument"]
+
+# The values of the labels after `source`, and the number.
+Sample: TypeAlias = "tuple[tuple[str, ...], float | HistogramStats]"
+
+
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """A metric family.
+
+    Attributes:
+        name: as Prometheus shows it; a counter's ends in _total.
+        kind: what may be asked of it.
+        text: its help line.
+        labels: `source` first. `device` is a key of `SourceStats.devices`; "" where a sample is not about a device.
+        read: returns the samples of a source.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    text: str
+    labels: tuple[str, ...]
+    read: Callable[[SourceStats], Iterable[Sample]]
+
+
+def _queue_depth(stats: SourceStats) -> Iterable[Sample]:
+    yield ("chunks", ""), stats.queue_depth
+    for name, device in stats.devices.items():
+        yield ("device", name), device.queue_depth
+
+
+INSTRUMENTS = (
+    Instrument(
+        "input_workers_rows_fetched_total",
+        "counter",
+        "Rows of valid chunks that the fetch function returned.",
+        ("source",),
+        lambda stats: [((), stats.rows_fetched)],
+    ),
+    Instrument(
+        "input_workers_rows_delivered_total",
+        "counter",
+        "Rows that the trainer got.",
+        ("source", "device"),
+        lambda stats: [((name,), device.rows_delivered) for name, device in stats.devices.items()],
+    ),
+    Instrument(
+        "input_workers_rows_dropped_total",
+        "counter",
+        "Rows that were fetched and will not be delivered, by reason.",
+        ("source", "reason"),
+        lambda stats: [((reason,), rows) for reason, rows in stats.rows_dropped.items()],
+    ),
+    Instrument(
+        "input_workers_batches_total",
+        "counter",
+        "Batches that the trainer got.",
+        ("source", "device"),
+        lambda stats: [((name,), device.batches_delivered) for name, device in stats.devices.items()],
+    ),
+    Instrument(
+        "input_workers_inputs_per_second",
+        "gauge",
+        "Rows delivered a second, over the last ten seconds.",
+        ("source", "device"),
+        lambda stats: [((name,), device.inputs_per_second) for name, device in stats.devices.items()],
+    ),
+    Instrument(
+        "input_workers_queue_depth",
+        "gauge",
+        "Batches that wait: queue=chunks for the enqueuer (0: fetching is the bottleneck), queue=device for the trainer "
+        "(0: the trainer waits).",
+        ("source", "queue", "device"),
+        _queue_depth,
+    ),
+    Instrument(
+        "input_workers_queue_bytes",
+        "gauge",
+        "Bytes that wait between fetchers and enqueuer.",
+        ("source",),
+        lambda stats: [((), stats.queue_bytes)],
+    ),
+    Instrument(
+        "input_workers_fetch_seconds",
+        "histogram",
+        "Duration of the calls of the fetch function.",
+        ("source",),
+        lambda stats: [((), stats.fetch)],
+    ),
+    Instrument(
+        "input_workers_enqueue_seconds",
+        "histogram",
+        "Filling a slot and sending it to the device, by batch.",
+        ("source", "device"),
+        lambda stats: [((name,), device.send) for name, device in stats.devices.items()],
+    ),
+    Instrument(
+        "input_workers_consumer_wait_seconds_total",
+        "counter",
+        "Seconds that the trainer waited for a batch.",
+        ("source", "device"),
+        lambda stats: [((name,), device.wait_seconds) for name, device in stats.devices.items()],
+    ),
+    Instrument(
+        "input_workers_fetcher_blocked_seconds_total",
+        "counter",
+        "Seconds that fetchers waited because the queue was full, all fetchers together: input is ahead.",
+        ("source",),
+        lambda stats: [((), stats.fetcher_blocked_seconds)],
+    ),
+    Instrument(
+        "input_workers_fetch_errors_total",
+        "counter",
+        "Calls of the fetch function that failed, by the error's type.",
+        ("source", "error"),
+        lambda stats: [((error,), count) for error, count in stats.fetch_errors.items()],
+    ),
+    Instrument(
+        "input_workers_fetchers",
+        "gauge",
+        "Fetchers, by state.",
+        ("source", "state"),
+        lambda stats: [(("alive",), stats.fetchers_alive)],
+    ),
+    Instrument(
+        "input_workers_fetcher_restarts_total",
+        "counter",
+        "Fetchers that died or hung and were started again.",
+        ("source",),
+        lambda stats: [((), stats.fetcher_restarts)],
+    ),
+)

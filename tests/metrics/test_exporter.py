@@ -1,0 +1,321 @@
+"""The exporter: what a scrape shows is what stats() says, whatever clients and sources do."""
+
+import contextlib
+import http.client
+import itertools
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+import input_workers as iw
+from input_workers.metrics import http_server
+from input_workers.metrics.exporter import StatsCollector
+from input_workers.metrics.instruments import INSTRUMENTS
+
+DESIGNED = {  # the names other programs rely on
+    "input_workers_rows_fetched_total": {"source"},
+    "input_workers_rows_delivered_total": {"source", "device"},
+    "input_workers_rows_dropped_total": {"source", "reason"},
+    "input_workers_batches_total": {"source", "device"},
+    "input_workers_inputs_per_second": {"source", "device"},
+    "input_workers_queue_depth": {"source", "queue", "device"},
+    "input_workers_queue_bytes": {"source"},
+    "input_workers_fetch_seconds": {"source"},
+    "input_workers_enqueue_seconds": {"source", "device"},
+    "input_workers_consumer_wait_seconds_total": {"source", "device"},
+    "input_workers_fetcher_blocked_seconds_total": {"source"},
+    "input_workers_fetch_errors_total": {"source", "error"},
+    "input_workers_fetchers": {"source", "state"},
+    "input_workers_fetcher_restarts_total": {"source"},
+}
+
+
+def source(coordinator, name="train", rows=1000, scopes=("",), workers=1):
+    stream = iw.Stream(iw.sources.Arrays(np.arange(rows), np.zeros((rows, 5), np.float32)), rows_per_request=7)
+    for scope in scopes:
+        iw.init_data_input_workers(
+            "numpy", ["label", "data"], stream, 8, workers, name, name_scope=scope, coordinator=coordinator
+        )
+    return coordinator
+
+
+def scrape(server, accept=""):
+    request = urllib.request.Request(f"{server.url}/metrics", headers={"Accept": accept} if accept else {})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return response.read().decode()
+
+
+def samples(text):
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value for family in parse(text) for sample in family.samples
+    }
+
+
+def value(found, name, **labels):
+    return found[name, frozenset(labels.items())]
+
+
+def raw(server, request, timeout=10):
+    with socket.create_connection((server.host, server.port), timeout=timeout) as client:
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def test_the_table_has_the_designed_names_and_labels():
+    assert {each.name: set(each.labels) for each in INSTRUMENTS} == DESIGNED
+    assert all((each.kind == "counter") == each.name.endswith("_total") for each in INSTRUMENTS)
+    assert all(each.labels[0] == "source" and each.text.endswith(".") for each in INSTRUMENTS)
+
+
+def test_a_scrape_shows_what_stats_says():
+    coordinator = source(iw.GlobalCoordinator(), scopes=("gpu_0", "gpu_1"))
+    with iw.serve_metrics(0, coordinator=coordinator) as server:
+        with coordinator:
+            for pair in zip(coordinator["gpu_0/train"], coordinator["gpu_1/train"], strict=True):
+                assert len(pair) == 2
+        stats = coordinator["train"].stats()
+        found = samples(scrape(server))
+    assert value(found, "input_workers_rows_fetched_total", source="train") == stats.rows_fetched == 1000
+    for reason, rows in stats.rows_dropped.items():
+        assert value(found, "input_workers_rows_dropped_total", source="train", reason=reason) == rows
+    assert stats.rows_dropped["final_partial"] == 1000 % 16
+    for name, device in stats.devices.items():
+        labels = {"source": "train", "device": name}
+        assert value(found, "input_workers_rows_delivered_total", **labels) == device.rows_delivered == 496
+        assert value(found, "input_workers_batches_total", **labels) == device.batches_delivered == 62
+        assert value(found, "input_workers_consumer_wait_seconds_total", **labels) == device.wait_seconds
+        assert value(found, "input_workers_enqueue_seconds_count", **labels) == device.send.count
+        assert value(found, "input_workers_enqueue_seconds_sum", **labels) == device.send.seconds
+        assert value(found, "input_workers_queue_depth", queue="device", **labels) == 0
+    assert value(found, "input_workers_queue_depth", source="train", queue="chunks", device="") == stats.queue_depth
+    assert value(found, "input_workers_queue_bytes", source="train") == stats.queue_bytes
+    assert value(found, "input_workers_fetchers", source="train", state="alive") == stats.fetchers_alive
+    assert value(found, "input_workers_fetcher_blocked_seconds_total", source="train") == stats.fetcher_blocked_seconds
+
+
+def test_histograms_are_cumulative_and_end_with_the_count():
+    coordinator = source(iw.GlobalCoordinator())
+    with coordinator, iw.serve_metrics(0, coordinator=coordinator) as server:
+        list(coordinator["train"])
+        stats = coordinator["train"].stats()
+        families = {family.name: family for family in parse(scrape(server))}
+    buckets = [sample for sample in families["input_workers_fetch_seconds"].samples if sample.name.endswith("_bucket")]
+    counts = [sample.value for sample in buckets]
+    assert counts == list(itertools.accumulate(stats.fetch.counts))
+    assert [float(sample.labels["le"]) for sample in buckets] == [*stats.fetch.bounds, float("inf")]
+    assert counts[-1] == stats.fetch.count >= 1000 // 7
+
+
+def test_every_family_of_the_table_is_shown_and_no_other():
+    def fetch(worker_id, batch_size):
+        raise OSError("no disk")
+
+    coordinator = iw.GlobalCoordinator()
+    iw.init_data_input_workers("numpy", ["data"], fetch, 4, 1, coordinator=coordinator)
+    with coordinator, iw.serve_metrics(0, coordinator=coordinator) as server:
+        with pytest.raises(iw.FetchFailed):
+            coordinator["train"].next_batch()
+        text = scrape(server)
+    shown = {sample.name for family in parse(text) for sample in family.samples}
+    wanted = set()
+    for each in INSTRUMENTS:
+        wanted |= {f"{each.name}{end}" for end in ("_bucket", "_count", "_sum")} if each.kind == "histogram" else {each.name}
+    assert shown == wanted
+    assert value(samples(text), "input_workers_fetch_errors_total", source="train", error="OSError") == 1
+
+
+HOSTILE = ['a"b', "a\\b", "a\nb", 'a"} 1\nother{x="', "\\n\\", "é漢🎉", "x" * 10_000, " ", "{}"]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_source_name_is_only_a_label(name):
+    coordinator = source(iw.GlobalCoordinator(), name)
+    with iw.serve_metrics(0, coordinator=coordinator) as server:
+        found = samples(scrape(server))
+    assert {dict(labels)["source"] for _, labels in found} == {name}
+    assert value(found, "input_workers_rows_fetched_total", source=name) == 0
+
+
+def test_a_lone_surrogate_in_a_name_is_escaped():
+    coordinator = source(iw.GlobalCoordinator(), "a\ud800")
+    with iw.serve_metrics(0, coordinator=coordinator) as server:
+        assert value(samples(scrape(server)), "input_workers_rows_fetched_total", source="a\\ud800") == 0
+
+
+def test_openmetrics_is_spoken_to_those_who_ask_for_it():
+    coordinator = source(iw.GlobalCoordinator())
+    with iw.serve_metrics(0, coordinator=coordinator) as server:
+        text = scrape(server, "application/openmetrics-text; version=1.0.0")
+    assert {family.name for family in parse_openmetrics(text)} == {each.name.removesuffix("_total") for each in INSTRUMENTS}
+
+
+def test_a_source_whose_stats_raise_does_not_hide_the_others(caplog):
+    coordinator = source(source(iw.GlobalCoordinator(), "good"), "bad")
+    coordinator["bad"]._core.stats = lambda: 1 / 0  # a defect of ours: nothing a user can do makes stats raise
+    with iw.serve_metrics(0, coordinator=coordinator) as server:
+        for _ in range(3):
+            assert {dict(labels)["source"] for _, labels in samples(scrape(server))} == {"good"}
+    assert [record.message for record in caplog.records] == ["source 'bad': its numbers cannot be read, and are left out"]
+
+
+def test_scrapes_parse_and_counters_never_fall_while_sources_start_and_stop():
+    coordinator = source(iw.GlobalCoordinator(), rows=200, workers=2)
+    failures, texts = [], [[], []]
+    finished = threading.Event()
+
+    def keep_scraping(server, mine):
+        try:
+            while not finished.is_set():
+                mine.append(scrape(server))
+        except Exception as error:
+            failures.append(error)
+
+    with iw.serve_metrics(0, coordinator=coordinator) as server:
+        scrapers = [threading.Thread(target=keep_scraping, args=(server, mine)) for mine in texts]
+        for scraper in scrapers:
+            scraper.start()
+        for run in range(30):
+            with coordinator:
+                for _ in range(run % 5):
+                    coordinator["train"].next_batch()
+            if run % 10 == 0:
+                source(coordinator, f"more_{run}")
+        finished.set()
+        for scraper in scrapers:
+            scraper.join()
+    assert not failures
+    counters = {each.name for each in INSTRUMENTS if each.kind == "counter"}
+    for mine in texts:
+        assert mine
+        highest = {}
+        for text in mine:
+            for key, number in samples(text).items():
+                if key[0] in counters:
+                    assert number >= highest.get(key, 0)
+                    highest[key] = number
+
+
+def test_sources_without_a_coordinator_named_are_those_of_the_global_one():
+    with iw.serve_metrics(0) as server:
+        assert {family.name for family in parse(scrape(server))} >= {"input_workers_queue_depth"}
+
+
+def test_a_taken_port_is_an_error_that_says_so():
+    with iw.serve_metrics(0) as server, pytest.raises(iw.ConfigError, match=f"port {server.port} of 127.0.0.1 is taken"):
+        iw.serve_metrics(server.port)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, "9108", True, None])
+def test_a_wrong_port_is_an_error(port):
+    with pytest.raises(iw.ConfigError, match="port: got"):
+        iw.serve_metrics(port)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "a" * 300, "é" * 70])
+def test_a_wrong_host_is_an_error(host):
+    with pytest.raises(iw.ConfigError, match="cannot listen"):
+        iw.serve_metrics(0, host)
+
+
+def test_close_is_idempotent_frees_the_port_and_leaves_no_thread():
+    before = set(threading.enumerate())
+    server = iw.serve_metrics(0)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.daemon
+    with socket.create_connection((server.host, server.port)):  # a client that says nothing does not hold it up
+        for _ in range(3):
+            server.close()
+    assert set(threading.enumerate()) == before
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection((server.host, server.port))
+    iw.serve_metrics(server.port).close()
+
+
+def test_it_listens_on_loopback_and_says_where():
+    with iw.serve_metrics(0) as server:
+        assert server.url == f"http://127.0.0.1:{server.port}"
+        with urllib.request.urlopen(f"{server.url}/") as response:
+            assert b"/metrics" in response.read()
+
+
+REQUESTS = [
+    (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
+    (b"GET /metrics?name=x HTTP/1.0\r\n\r\n", b"200"),
+    (b"GET /metrics/ HTTP/1.1\r\n\r\n", b"404"),
+    (b"GET /../etc/passwd HTTP/1.1\r\n\r\n", b"404"),
+    (b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", b"405"),
+    (b"BREW /metrics HTTP/1.1\r\n\r\n", b"405"),
+    (b"GET /metrics HTTP/2.0\r\n\r\n", b"400"),
+    (b"GET /metrics\r\n\r\n", b"400"),
+    (b"\r\n\r\n", b"400"),
+    (b"GET /metrics HTTP/1.1\r\nno colon\r\n\r\n", b"400"),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
+    (b"GET /" + b"x" * 70_000, b"431"),
+    (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n", b"431"),
+]
+
+
+@pytest.mark.parametrize(("request_bytes", "status"), REQUESTS, ids=range(len(REQUESTS)))
+def test_odd_requests_are_answered_and_leave_the_server_as_it_was(request_bytes, status, capfd):
+    with iw.serve_metrics(0) as server:
+        assert raw(server, request_bytes).split(b" ")[1] == status
+        assert scrape(server)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_head_has_the_headers_and_no_body():
+    with iw.serve_metrics(0) as server:
+        client = http.client.HTTPConnection(server.host, server.port)
+        client.request("HEAD", "/metrics")
+        response = client.getresponse()
+        assert (response.status, response.read()) == (200, b"")
+        assert int(response.headers["Content-Length"]) > 0
+        client.close()
+
+
+def test_a_request_may_arrive_byte_by_byte():
+    with iw.serve_metrics(0) as server, socket.create_connection((server.host, server.port), timeout=10) as client:
+        for byte in b"GET /metrics HTTP/1.1\r\n\r\n":
+            client.send(bytes([byte]))
+        assert client.recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_client_that_never_finishes_its_request_is_dropped(monkeypatch):
+    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.05)
+    with iw.serve_metrics(0) as server, socket.create_connection((server.host, server.port), timeout=10) as client:
+        client.send(b"GET /met")
+        assert client.recv(1) == b""
+
+
+def test_clients_that_hold_every_connection_do_not_keep_a_scraper_out():
+    with iw.serve_metrics(0) as server, contextlib.ExitStack() as clients:
+        for _ in range(http_server.MAX_CONNECTIONS * 3):
+            client = clients.enter_context(socket.create_connection((server.host, server.port), timeout=10))
+            client.send(b"GET /metrics HTTP/1.1\r\n")
+        assert scrape(server)
+
+
+def test_the_collector_reads_no_source_when_it_is_made():
+    assert [family.samples for family in StatsCollector(source(iw.GlobalCoordinator())).describe()] == [[]] * len(INSTRUMENTS)
+
+
+def test_importing_the_package_does_not_load_prometheus_client():
+    code = "import sys, input_workers as iw; {} print('prometheus_client' in sys.modules)"
+    for use, loaded in ("", "False"), ("iw.serve_metrics;", "True"):
+        result = subprocess.run([sys.executable, "-c", code.format(use)], capture_output=True, text=True, timeout=60)
+        assert result.stdout.strip() == loaded, result.stderr
+
+
+def test_a_missing_prometheus_client_is_an_error_that_names_it():
+    code = "import sys; sys.modules['prometheus_client'] = None\nimport input_workers as iw\niw.serve_metrics"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "ConfigError: metrics need prometheus_client" in result.stderr
+    assert "pip install prometheus-client" in result.stderr
