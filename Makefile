@@ -1,5 +1,5 @@
 # make run    trains on the handwritten digits; CONFIG=configs/image_folder.toml trains on images of yours
-# make test   runs every test, in random order; PYTEST="-m 'not tensorflow'" runs some
+# make test   runs every test, in random order; PYTEST_ARGS="-m 'not tensorflow'" runs some
 # make lint   ruff and mypy
 # make bench  measures the core against the limits of this machine
 # make clean  removes what these have made
@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CONFIG ?= configs/digits.toml
-PYTEST ?=
+PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -22,7 +22,7 @@ run: $(VENV)/.demo
 	$(BIN)/input-workers train $(CONFIG)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -120,7 +120,7 @@ def decode() -> list[Result]:
         (Path(folder) / "a").mkdir()
         rng = np.random.default_rng(0)
         blobs = []
-        for index in range(24):
+        for _ in range(24):
             noise = rng.integers(0, 256, (24, 32, 3), np.uint8)
             picture = cv2.resize(noise, (500, 375), interpolation=cv2.INTER_CUBIC)
             blobs.append(cv2.imencode(".jpg", picture)[1].tobytes())

@@ -22,9 +22,10 @@ class DeviceInput:
     A batch is a namedtuple of the input names, with `epoch` (of its first row) and `valid_rows` (without padding).
     """
 
-    def __init__(self, core: SourceCore, name: str) -> None:
+    def __init__(self, core: SourceCore, name: str, owner: DataInputCoordinator | None = None) -> None:
         self._core = core
         self._name = name
+        self._owner = owner  # held, because the run ends with the last handle of its source
 
     @property
     def name(self) -> str:
@@ -87,12 +88,13 @@ class DataInputCoordinator:
 
     def device(self) -> DeviceInput:
         """Return its device. Raises ConfigError, naming them, where it has several."""
-        if self._only is None:
-            names = list(self._core.devices)
-            if len(names) != 1:
-                raise ConfigError(f"source {self.name!r} has several devices; wanted one of coordinator[...] for {names}")
-            self._only = DeviceInput(self._core, names[0])
-        return self._only
+        names = list(self._core.devices)
+        if len(names) != 1:
+            raise ConfigError(f"source {self.name!r} has several devices; wanted one of coordinator[...] for {names}")
+        device = DeviceInput(self._core, names[0])
+        if self._core.run is not None:  # before the first start, devices may still be added
+            self._only = device
+        return device
 
     def next_batch(self, timeout_s: float | None = None) -> Any:
         """Return the next batch of the only device; see `DeviceInput.next_batch`."""
@@ -119,13 +121,7 @@ class DataInputCoordinator:
         core = self._core
         if core.book.specs is not None:
             return core.book.specs
-        run = core.started_run()
-        try:
-            return core.book.wait(core.settings.timeout_s if timeout_s is None else timeout_s)
-        except EndOfData:
-            if run.signal.failure is not None:
-                raise run.signal.failure.exception() from run.signal.failure.cause
-            raise
+        return core.started_run().await_specs(core.settings.timeout_s if timeout_s is None else timeout_s)
 
     def stats(self) -> SourceStats:
         """Return the numbers of this moment. Takes microseconds; counts go on over stop and start."""

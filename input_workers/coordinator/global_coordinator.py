@@ -7,13 +7,13 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, Self
 
 from input_workers.contracts import DeviceFeed
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator, DeviceInput
-from input_workers.coordinator.reporter import LoggerFeed, Ticker, log, log_line
+from input_workers.coordinator.reporter import Ticker, log, log_line
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.coordinator.source_core import SourceCore
 from input_workers.errors import ConfigError, LifecycleError
@@ -38,8 +38,8 @@ class GlobalCoordinator:
         self._state = State.NEW
         self._owner: int | None = None
         self._sources: dict[str, tuple[DataInputCoordinator, SourceCore]] = {}
-        self._tickers: list[Ticker] = []
-        self._logged: list[SourceCore] = []  # shared with the thread that writes log lines, which knows no coordinator
+        self._log: Ticker | None = None
+        self._logged: list[SourceCore] = []
         self._worker_ids = itertools.count()
         self.last_stop: StopReport | None = None
 
@@ -77,6 +77,7 @@ class GlobalCoordinator:
             Exception: what an init function raised, or what starting a thread did; nothing runs then.
         """
         with self._transition(State.STARTING, math.inf) as before:
+            assert before is not None  # noqa: S101  it has waited without an end
             chosen = [(handle, core) for handle, core in self._copy() if not core.is_running]
             if not chosen:
                 return
@@ -91,7 +92,7 @@ class GlobalCoordinator:
                 for handle, core in chosen:
                     core.start()
                     handle._end_with(core.started_run())
-                self._start_tickers([core for _, core in chosen], first=before is not State.RUNNING)
+                self._start_log([core for _, core in chosen], first=before is not State.RUNNING)
             except BaseException:
                 for _, core in new:
                     core.initialised = False
@@ -104,27 +105,19 @@ class GlobalCoordinator:
                 raise
             self._state = State.RUNNING
 
-    def _start_tickers(self, cores: list[SourceCore], first: bool) -> None:
-        tickers = [
-            Ticker(f"logger-{core.settings.name}", LoggerFeed(core, logger).tick)
-            for core in cores
-            for logger in core.settings.external_loggers
-        ]
+    def _start_log(self, cores: list[SourceCore], first: bool) -> None:
+        """Start the thread that writes log lines. It knows the sources' cores, and no coordinator."""
         if first:
             self._logged = []
-            tickers.append(Ticker("input-workers-log", self._log_lines(self._logged)))
-        self._logged += cores
-        for ticker in tickers:
-            ticker.start()
-            self._tickers.append(ticker)
+            logged = self._logged
 
-    @staticmethod
-    def _log_lines(cores: list[SourceCore]) -> Callable[[], None]:
-        def write() -> None:
-            for core in list(cores):
-                log_line(core)
+            def write() -> None:
+                for core in list(logged):
+                    log_line(core)
 
-        return write
+            self._log = Ticker("input-workers-log", write)
+            self._log.start()
+        self._logged += [core for core in cores if core not in self._logged]
 
     def stop(self, timeout_s: float = 5.0) -> bool:
         """Stop every source; True: everything ended. `last_stop` says more. Idempotent; it may be started again.
@@ -138,15 +131,16 @@ class GlobalCoordinator:
         started = time.monotonic()
         deadline = started + timeout_s
         with self._transition(State.STOPPING, timeout_s) as before:
+            if before is None:
+                return False  # somebody else has been stopping it, or starting it, all this time
             if before is State.NEW:
                 self._state = State.NEW
                 return True
             self._state = State.STOPPED
-            tickers = self._tickers
             for _, core in self._copy():
                 core.abort()
-            for ticker in tickers:
-                ticker.request_stop()
+            if self._log is not None:
+                self._log.request_stop()
             stuck: tuple[StuckThread, ...] = ()
             failures: dict[str, str] = {}
             ledgers: dict[str, str] = {}
@@ -160,9 +154,8 @@ class GlobalCoordinator:
                 if messages or wrong:
                     failures[core.settings.name] = "; ".join([*messages, *wrong])
                 ledgers[core.settings.name] = core.stats().ledger
-            hanging = [(ticker, ticker.join(deadline)) for ticker in tickers]
-            self._tickers = [ticker for ticker, alive in hanging if alive]
-            stuck += tuple(StuckThread(*each) for _, alive in hanging for each in alive)
+            if self._log is not None:
+                stuck += tuple(StuckThread(*each) for each in self._log.join(deadline))
             self.last_stop = StopReport(
                 ended=not stuck,
                 stuck=stuck,
@@ -175,16 +168,19 @@ class GlobalCoordinator:
             return not stuck
 
     @contextlib.contextmanager
-    def _transition(self, state: State, timeout_s: float) -> Iterator[State]:
-        """Be the one who starts or stops; yields the state before, and leaves the state that the body sets."""
+    def _transition(self, state: State, timeout_s: float) -> Iterator[State | None]:
+        """Be the one who starts or stops; yields the state before, None if that took too long. The body sets the next."""
         me = threading.get_ident()
         with self._changed:
             if self._owner == me:
                 raise LifecycleError(f"{state.value} while {self._state.value}: not from an init function")
             timeout = None if timeout_s == math.inf else min(timeout_s, threading.TIMEOUT_MAX)
-            if not self._changed.wait_for(lambda: self._owner is None, timeout):
-                raise LifecycleError(f"{state.value}: the coordinator has been {self._state.value} for {timeout_s:g} s")
-            before, self._state, self._owner = self._state, state, me
+            free = self._changed.wait_for(lambda: self._owner is None, timeout)
+            if free:
+                before, self._state, self._owner = self._state, state, me
+        if not free:
+            yield None
+            return
         try:
             yield before
         finally:
@@ -215,7 +211,7 @@ class GlobalCoordinator:
             return handle
         if key not in core.devices:
             raise KeyError(f"source {name!r} has no device {key!r}; it has {list(core.devices)}")
-        return DeviceInput(core, key)
+        return DeviceInput(core, key, handle)
 
     def __iter__(self) -> Iterator[DataInputCoordinator]:
         return iter([handle for handle, _ in self._copy()])

@@ -15,6 +15,7 @@ from input_workers.contracts import Chunk
 from input_workers.errors import Failure, LifecycleError
 from input_workers.fetchers.chunk_check import ChunkCheck
 from input_workers.fetchers.fetch_loop import FunctionCalls, StreamCalls, fetch_loop
+from input_workers.fetchers.threads import stack_of
 from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.flow.device_queue import DeviceQueue
 from input_workers.flow.enqueuer import Enqueuer
@@ -50,6 +51,7 @@ class InlineFetcher:
         self._signal = signal
         self._recorder = recorder
         self._in_use = threading.Lock()  # held while foreign code runs, but never waited for
+        self._user: threading.Thread | None = None
         self._wanted_by: DeviceQueue | None = None
         self._deadline = math.inf
         self._tried = False  # one call is made even where no time is given
@@ -67,6 +69,7 @@ class InlineFetcher:
                 f"source {self._source!r}: with num_workers=0 one thread reads at a time, and not from its own fetch function"
             )
         try:
+            self._user = threading.current_thread()
             self._wanted_by = device
             self._deadline = time.monotonic() + timeout_s
             self._tried = False
@@ -75,8 +78,24 @@ class InlineFetcher:
                 self._chunks.close()
                 self._enqueuer.finish()
                 self._enqueuer.put_down()
+            elif self._signal.stopping:
+                self._enqueuer.put_down()
+        finally:
+            self._user = None
+            self._in_use.release()
+
+    def join(self, deadline: float) -> list[tuple[str, str]]:
+        """Wait until nobody is in `provide`, and account for what is held; return (name, stack) of who still is."""
+        user = self._user
+        if user is threading.current_thread() or not self._in_use.acquire(
+            timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+        ):
+            return [(user.name, stack_of(user))] if user is not None else []
+        try:
+            self._enqueuer.put_down()
         finally:
             self._in_use.release()
+        return []
 
     def pack(self, arrays: Sequence[NDArray[Any]], rows: int, nbytes: int) -> bool:
         """Never packs."""
@@ -87,7 +106,8 @@ class InlineFetcher:
         self._tried = True
         if self._signal.stopping or not self._chunks.put(chunk):
             return False
-        return self._enqueuer.deliver(self._chunks.take(0))
+        self._enqueuer.deliver(self._chunks.take(0))
+        return True  # it was taken, whatever became of it: `closed` says whether to go on
 
     def put(self, chunk: Chunk) -> bool:
         """An offer is refused only when the run has ended."""

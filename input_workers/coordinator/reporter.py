@@ -6,10 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from input_workers.coordinator.source_core import SourceCore
 from input_workers.fetchers.threads import join_threads
+
+if TYPE_CHECKING:
+    from input_workers.coordinator.source_core import SourceCore
 
 __all__ = ["INTERVAL_SECONDS", "LoggerFeed", "Ticker", "log_line"]
 

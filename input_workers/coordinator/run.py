@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from input_workers.contracts import FetcherBackend
+from input_workers.contracts import ArraySpec, FetcherBackend
 from input_workers.coordinator import exit_hook
 from input_workers.coordinator.inline import InlineFetcher
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
-from input_workers.errors import Failure, LifecycleError, QueueClosed
+from input_workers.errors import EndOfData, Failure, LifecycleError, QueueClosed
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
 from input_workers.fetchers.fetch_loop import FunctionCalls, fetch_loop
 from input_workers.fetchers.threads import ThreadFetchers, join_threads
@@ -96,7 +96,7 @@ class Run:
             requests_per_epoch=requests_per_epoch,
             pack_below_nbytes=PACK_BELOW_NBYTES if settings.rebatch and not any(settings.batch_axes) else 0,
         )
-        self.signal.close_input = self.chunks.close
+        self.signal.close_input = self._close_input
         self.devices = {name: self._device(name, device, make_batch, inline) for name, device in devices.items()}
         self._fetcher_recorders = [recorder.fetcher(worker_id) for worker_id in worker_ids or [0]]
         self._fetchers: FetcherBackend | None = None
@@ -175,6 +175,20 @@ class Run:
             timeout_s = 0.0
         return device.next_batch(timeout_s)
 
+    def await_specs(self, timeout_s: float) -> tuple[ArraySpec, ...]:
+        """Return the specs, waiting for the first chunk; see `DataInputCoordinator.specs`."""
+        if self._inline is not None:
+            self._inline.provide(next(iter(self.devices.values())).queue, timeout_s)
+            timeout_s = 0.0
+        try:
+            return self.book.wait(timeout_s)
+        except EndOfData:
+            if self.signal.failure is not None:
+                raise self.signal.failure.exception() from self.signal.failure.cause
+            if self.signal.stopping:
+                raise self._stopped() from None
+            raise
+
     def stop_device(self, name: str) -> None:
         """Take a device out of the rotation; with the last one, the run ends."""
         self._abort_device(self.devices[name])
@@ -188,6 +202,7 @@ class Run:
         self.calls.batch_size = largest
         if self.settings.rebatch:
             self.chunks.max_weight = self.settings.max_buffered_batches * largest
+        self.signal.wake.put(None)  # what waits may be a batch now
 
     def request_stop(self) -> None:
         """Ask every thread to end. Takes no lock: a finalizer calls it."""
@@ -195,8 +210,11 @@ class Run:
 
     def abort(self) -> None:
         """End both queues: what waits in them is `stopped`, and whoever waits for them is woken. Idempotent."""
+        if self.forked:  # a lock may be held for ever by a thread that only the parent has
+            return
         self.signal.request_stop()
         self.recorder.drop("stopped", self.chunks.abort())
+        self.book.end()
         self.signal.ended.set()
         for device in self.devices.values():
             self._abort_device(device)
@@ -206,7 +224,9 @@ class Run:
         if self.forked:
             return (), ()
         self.abort()
-        stuck = self._fetchers.join(deadline) if self._fetchers is not None else []
+        backend = self._inline if self._inline is not None else self._fetchers
+        assert backend is not None  # noqa: S101  one of them fetches
+        stuck = backend.join(deadline)
         if self._thread.ident is not None:
             stuck += join_threads([self._thread], deadline)
         wrong: list[str] = []
@@ -214,8 +234,6 @@ class Run:
             first = not self._closed and not stuck
             self._closed = self._closed or first
         if first:
-            if self._thread.ident is None:
-                self.enqueuer.put_down()
             for device in self.devices.values():
                 wrong += [f"{device.name}: its feed could not be closed: {error!r}" for error in device.close()]
             exit_hook.forget(self)
@@ -247,10 +265,14 @@ class Run:
             self._copies.copy,
         )
 
+    def _close_input(self) -> None:
+        """No chunk will be taken any more."""
+        self.chunks.close()
+        self.book.end()
+
     def _input_ended(self) -> None:
         """The last fetcher has ended."""
-        self.book.end()
-        self.chunks.close()
+        self._close_input()
         self._thread_ended()
 
     def _enqueue(self) -> None:

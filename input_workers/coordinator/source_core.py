@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from input_workers.contracts import batch_type
+from input_workers.coordinator.reporter import LoggerFeed, Ticker
 from input_workers.coordinator.run import Run
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.errors import ConfigError, LifecycleError
@@ -41,6 +42,8 @@ class SourceCore:
         self._lock = threading.Lock()
         self._unended: list[Run] = []
         self._prepared: Run | None = None
+        self._tickers: list[Ticker] = []  # those of external loggers; changed by starting and stopping only
+        self._prepared_tickers: list[Ticker] = []
 
     def device_name(self, name_scope: str) -> str:
         """Return "gpu_0/train", or "train" without a scope."""
@@ -66,6 +69,9 @@ class SourceCore:
     def prepare(self) -> None:
         """Make the next run, its feeds too: here frameworks are imported. Nothing is started."""
         self._prepared = Run(self.settings, self.devices, self.worker_ids, self.book, self.recorder, self.make_batch)
+        self._prepared_tickers = [
+            Ticker(f"logger-{self.settings.name}", LoggerFeed(self, logger).tick) for logger in self.settings.external_loggers
+        ]
 
     def start(self) -> None:
         """Start what was prepared."""
@@ -75,11 +81,16 @@ class SourceCore:
         with self._lock:
             self.run = run
             self._unended.append(run)
+        for ticker in self._prepared_tickers:
+            ticker.start()
+            self._tickers.append(ticker)
 
     def abort(self) -> None:
         """First phase of a stop: flag and wake everybody."""
         for run in self._runs():
             run.abort()
+        for ticker in self._tickers:
+            ticker.request_stop()
 
     def join(self, deadline: float) -> tuple[tuple[StuckThread, ...], tuple[str, ...]]:
         """Second phase: wait until the deadline; return (what is stuck, what went wrong)."""
@@ -93,6 +104,9 @@ class SourceCore:
                 with self._lock:
                     if run in self._unended:
                         self._unended.remove(run)
+        hanging = [(ticker, ticker.join(deadline)) for ticker in self._tickers]
+        self._tickers = [ticker for ticker, alive in hanging if alive]
+        stuck += tuple(StuckThread(*each) for _, alive in hanging for each in alive)
         return stuck, wrong
 
     def _runs(self) -> list[Run]:

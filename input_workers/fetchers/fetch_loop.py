@@ -47,8 +47,11 @@ class StreamCalls(Protocol):
 class Chunks(Protocol):
     """Where chunks go: see `flow.chunk_queue.ChunkQueue`."""
 
-    closed: bool
     pack_below_nbytes: int
+
+    @property
+    def closed(self) -> bool:
+        """Whether no more is wanted."""
 
     def pack(self, arrays: Sequence[NDArray[Any]], rows: int, nbytes: int) -> bool:
         """Copy a small chunk without waiting."""
@@ -115,6 +118,7 @@ def fetch_loop(
     """
     back_off: BackOff | None = None
     function = calls.function if isinstance(calls, FunctionCalls) else None
+    result: Any
     request: FetchRequest | None = None
     worker_id = recorder.worker_id
     durations = recorder.calls

@@ -22,6 +22,9 @@ _REFS_OF_RESULT = 3  # the caller's variable, the parameter, getrefcount's argum
 _REFS_OF_ARRAY = 4  # the list it was returned in, the iterator's tuple, the loop variable, getrefcount's argument
 _REFS_OF_BASE = 3  # the view, a variable, getrefcount's argument
 
+# A view of something larger than this many times itself is copied: it would keep all of that alive, uncounted.
+MAX_BASE_RATIO = 2
+
 
 def owned(
     result: Sequence[NDArray[Any]],
@@ -35,6 +38,7 @@ def owned(
         lent: memory that was lent to the function to write into; such an array is ours.
         copy: copies an array to memory that is ours.
     """
+    base: NDArray[Any] | None
     all_shared = type(result) not in (list, tuple) or getrefcount(result) > _REFS_OF_RESULT or not _TAKE_OVER
     arrays: list[NDArray[Any]] = []
     for index, array in enumerate(result):
@@ -44,7 +48,8 @@ def owned(
         ours = not all_shared and type(array) is np.ndarray and getrefcount(array) <= _REFS_OF_ARRAY
         if ours and not array.flags.owndata:
             base = array.base
-            ours = type(base) is np.ndarray and base.flags.owndata and getrefcount(base) <= _REFS_OF_BASE
+            ours = base is not None and type(base) is np.ndarray and base.flags.owndata and getrefcount(base) <= _REFS_OF_BASE
+            ours = ours and base is not None and base.nbytes <= MAX_BASE_RATIO * array.nbytes
         arrays.append(array if ours else copy(array))
     return arrays
 

@@ -28,7 +28,7 @@ def join_threads(threads: Sequence[threading.Thread], deadline: float) -> list[t
     """
     for thread in threads:
         if thread is not threading.current_thread():
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
     return [(thread.name, stack_of(thread)) for thread in threads if thread.is_alive()]
 
 

@@ -91,6 +91,7 @@ class ChunkQueue:
         self._taken = 0  # weight of the chunks taken and not yet released
         self._wake_at: float = math.inf  # the taker sleeps until this much weight is charged
         self.closed = False
+        self._aborted = False
         self._open = requests_per_epoch is None
         self._epoch = 0
         self._entered = 0  # requests of this epoch that entered
@@ -212,9 +213,8 @@ class ChunkQueue:
             self._refuse()
             self._seal()
             rows = sum(chunk[1] for chunk in self._chunks)
-            self._nbytes -= sum(chunk[2] for chunk in self._chunks)
             self._chunks = []
-            self._weight = self._taken
+            self._aborted = True
         self._wake.put(None)
         return rows
 
@@ -226,9 +226,9 @@ class ChunkQueue:
 
     @property
     def charged(self) -> tuple[int, int]:
-        """Weight and bytes that wait, or were taken and are not yet copied."""
+        """Weight and bytes that wait, or were taken and are not yet copied; nothing after an abort."""
         with self._lock:
-            return self._weight, self._nbytes
+            return (0, 0) if self._aborted else (self._weight, self._nbytes)
 
     def _reclaim(self) -> list[Chunk]:
         """Uncharge the spent chunks and return them to whoever frees them, outside the lock."""

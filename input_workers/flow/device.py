@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from input_workers.contracts import ArraySpec, DeviceFeed, Slot
-from input_workers.errors import EndOfData, Failure, FeedFailed
+from input_workers.errors import EndOfData, Failure, FeedFailed, QueueClosed
 from input_workers.flow.device_queue import DeviceQueue, QueuedBatch
 from input_workers.leases import SlotPool
 
@@ -69,6 +69,7 @@ class Device:
         self._on_failure = on_failure
         self._keep_slots = keep_slots
         self._opened: list[Target] = []
+        self._interrupted: list[Any] = []  # batches that were delivered to a call that Ctrl-C ended
 
     def begin(self, specs: Sequence[ArraySpec]) -> Target:
         """Return the target of the next slot, its feed opened."""
@@ -92,24 +93,34 @@ class Device:
             SourceFailed, FeedFailed: the source broke; the cause is the first failure.
             QueueClosed: the source was stopped.
         """
+        if self._interrupted:
+            try:
+                return self._interrupted.pop(0)
+            except IndexError:  # another thread was faster
+                pass
         queued = self.queue.get(timeout_s, self.name)
-        if queued.feed is None:
-            self.queue.commit(queued)
-            raise EndOfData(f"{self.name}: end of epoch {queued.epoch}")
+        batch = None
         try:
-            batch = self._make_batch(queued.feed.receive(queued.ticket))
+            if queued.feed is not None:
+                batch = self._make_batch(queued.feed.receive(queued.ticket))
+                batch.epoch = queued.epoch
+                batch.valid_rows = queued.rows
+            self.queue.commit(queued)
+            if batch is not None:
+                return batch
+        except QueueClosed:
+            raise
         except Exception as error:
-            failure = Failure(FeedFailed, f"{self.name}: a batch of {queued.slot_rows} rows was sent but not received", error)
+            what = f"{self.name}: a batch of {queued.slot_rows} rows was sent but not received"
+            failure = Failure(FeedFailed, what, error)
             if self.queue.give_up(queued):
                 self._on_failure(failure, queued.rows)
             raise failure.exception() from error
-        except BaseException:  # Ctrl-C: the batch is the next one again
-            self.queue.put_back(queued)
+        except BaseException:  # Ctrl-C: the batch is the next one again, or was just counted, and is kept for the next call
+            if not self.queue.put_back(queued) and batch is not None:
+                self._interrupted.append(batch)
             raise
-        batch.epoch = queued.epoch
-        batch.valid_rows = queued.rows
-        self.queue.commit(queued)
-        return batch
+        raise EndOfData(f"{self.name}: end of epoch {queued.epoch}")
 
     def close(self) -> list[BaseException]:
         """Close every feed that was opened; return what they raised."""

@@ -41,7 +41,7 @@ class DeviceQueue:
         self._lock = threading.Lock()
         self._ready = threading.Condition(self._lock)
         self._batches: list[QueuedBatch] = []
-        self._rows_in_hand = 0
+        self._in_hand: dict[int, QueuedBatch] = {}  # by identity: taken, and neither committed nor put back
         self._wants_room = False
         self._error: Callable[[], Exception] | None = None
         self._aborted = False
@@ -70,20 +70,27 @@ class DeviceQueue:
             WaitTimeout: none came in time.
             QueueClosed, EndOfData, SourceFailed, FeedFailed: the queue has ended, and nothing is left in it.
         """
-        with self._lock:
-            if not self._batches and self._error is None:
-                self._await_batch(timeout_s, waiting_for)
-            if not self._batches:
-                assert self._error is not None  # noqa: S101  what the loop above waited for
-                raise self._error()
-            batch = self._batches[0]
-            # No call between these lines: a signal, such as Ctrl-C, is handled at calls and jumps only.
-            del self._batches[0]
-            self._rows_in_hand += batch.rows
-            wants_room, self._wants_room = self._wants_room, False
-        if wants_room:
-            self._wake.put(None)
-        return batch
+        batch: QueuedBatch | None = None
+        try:
+            with self._lock:
+                if not self._batches and self._error is None:
+                    self._await_batch(timeout_s, waiting_for)
+                if not self._batches:
+                    assert self._error is not None  # noqa: S101  what was waited for
+                    raise self._error()
+                key = id(self._batches[0])
+                # No call between these lines: a signal, such as Ctrl-C, is handled at calls and jumps only.
+                batch = self._batches[0]
+                self._in_hand[key] = batch
+                del self._batches[0]
+                wants_room, self._wants_room = self._wants_room, False
+            if wants_room:
+                self._wake.put(None)
+            return batch
+        except BaseException:
+            if batch is not None:
+                self.put_back(batch)
+            raise
 
     def _await_batch(self, timeout_s: float, waiting_for: str) -> None:
         started = time.monotonic()
@@ -101,31 +108,33 @@ class DeviceQueue:
 
     def commit(self, batch: QueuedBatch) -> None:
         """Count the batch in hand as delivered. Raises the end's error if the queue was aborted meanwhile."""
+        now = time.monotonic()
+        key = id(batch)
         with self._lock:
             if self._aborted and self._error is not None:
                 raise self._error()
             recorder = self.recorder
-            self._rows_in_hand -= batch.rows
-            recorder.rows_delivered += batch.rows
-            recorder.batches_delivered += 1
-            recorder.mark(time.monotonic())
+            is_batch = batch.feed is not None
+            rows = batch.rows
+            # No call between these lines either.
+            del self._in_hand[key]
+            recorder.rows_delivered += rows
+            recorder.batches_delivered += is_batch
+            recorder.mark(now)
 
     def give_up(self, batch: QueuedBatch) -> bool:
         """Drop the batch in hand, which could not be received; False: it was accounted for by an abort."""
         with self._lock:
-            if self._aborted:
-                return False
-            self._rows_in_hand -= batch.rows
-            return True
+            return self._in_hand.pop(id(batch), None) is not None
 
-    def put_back(self, batch: QueuedBatch) -> None:
-        """Undo a `get` that was interrupted: the batch is again the next one."""
+    def put_back(self, batch: QueuedBatch) -> bool:
+        """Undo a `get` that was interrupted: the batch is the next one again. False: it is no longer in hand."""
         with self._lock:
-            if self._aborted:
-                return
+            if self._in_hand.pop(id(batch), None) is None:
+                return False
             self._batches.insert(0, batch)
-            self._rows_in_hand -= batch.rows
             self._ready.notify()
+            return True
 
     def end(self, error: Callable[[], Exception]) -> None:
         """Once the batches that wait are gone, let every `get` raise a new `error()`. The first end stays."""
@@ -137,11 +146,11 @@ class DeviceQueue:
     def abort(self, error: Callable[[], Exception]) -> int:
         """End at once; return the rows that were waiting or in hand and will not be delivered."""
         with self._lock:
-            rows = 0 if self._aborted else sum(batch.rows for batch in self._batches) + self._rows_in_hand
+            rows = self._rows()
             self._error = error
             self._aborted = True
             self._batches = []
-            self._rows_in_hand = 0
+            self._in_hand = {}
             self._ready.notify_all()
         self._wake.put(None)
         return rows
@@ -150,7 +159,10 @@ class DeviceQueue:
     def rows_waiting(self) -> int:
         """Rows in the queue or in a getter's hand."""
         with self._lock:
-            return sum(batch.rows for batch in self._batches) + self._rows_in_hand
+            return self._rows()
+
+    def _rows(self) -> int:
+        return sum(batch.rows for batch in (*self._batches, *self._in_hand.values()))
 
     @property
     def is_empty(self) -> bool:
@@ -163,4 +175,6 @@ class DeviceQueue:
         return self._error is not None
 
     def __len__(self) -> int:
-        return len(self._batches)
+        """How many batches wait; the mark at the end of an epoch is none."""
+        with self._lock:
+            return sum(batch.feed is not None for batch in self._batches)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
@@ -80,6 +81,7 @@ class Enqueuer:
         self._making: _Making | None = None  # the slot that is not full yet
         # Full slots held back until each device has one, so that a finite end gives all equally many.
         self._round: list[_Making] = []
+        self._pending: list[Chunk] = []  # taken, and not yet held by the re-chunker
         self._row_nbytes = 0  # known with the first chunk
         self._fill_seconds = 0.0  # spent so far on the slot in the making
 
@@ -87,6 +89,8 @@ class Enqueuer:
         """Deliver until the input ends, fails or is stopped. Never raises; always ends the devices' queues."""
         try:
             while True:
+                if self._round:
+                    self._send_round_if_complete()  # a device may have been stopped meanwhile
                 chunks = self._chunks.take(self._rows_wanted())
                 if self._signal.stopping:
                     self._recorder.drop("stopped", sum(chunk[1] for chunk in chunks))
@@ -115,6 +119,7 @@ class Enqueuer:
 
     def _accept(self, chunks: list[Chunk]) -> None:
         """Deliver what these chunks complete; copy the rest into the slot in the making. The list is emptied."""
+        self._pending = chunks
         while chunks:
             mark = next((index for index, chunk in enumerate(chunks) if not chunk[1]), None) if self._has_epochs else None
             if mark is None:
@@ -128,6 +133,7 @@ class Enqueuer:
                 self._deal()
                 self._settle_remainder()
                 for device in self._devices:
+                    self._await_room(device)
                     device.queue.put(QueuedBatch(None, None, 0, 0, request.epoch if request is not None else 0))
 
     def finish(self) -> None:
@@ -139,10 +145,10 @@ class Enqueuer:
 
     def put_down(self) -> None:
         """Account for what is held as `stopped`, and end the devices' queues by what ended the run."""
-        held = self._rechunker.rows + sum(slot.filled for _, _, slot in self._round)
+        held = self._rechunker.rows + sum(chunk[1] for chunk in self._pending) + sum(slot.filled for _, _, slot in self._round)
         if self._making is not None:
             held += self._making[2].filled
-        self._making, self._round = None, []
+        self._making, self._round, self._pending = None, [], []
         self._rechunker = Rechunker(self._batch_axes)
         self._recorder.drop("stopped", held + self._chunks.abort())
         self._signal.ended.set()
@@ -216,7 +222,11 @@ class Enqueuer:
         assert self._making is not None  # noqa: S101  it is what was filled
         self._round.append(self._making)
         self._making = None
-        if self._last_batch != "drop" or len(self._round) >= len(self._devices):
+        self._send_round_if_complete()
+
+    def _send_round_if_complete(self) -> None:
+        dealt = {id(device) for device, _, _ in self._round}
+        if self._last_batch != "drop" or all(device.queue.ended or id(device) in dealt for device in self._devices):
             self._send_round()
 
     def _send_round(self) -> None:
@@ -239,6 +249,7 @@ class Enqueuer:
 
     def _settle_remainder(self) -> None:
         """What fills no batch is dropped, kept short or padded; the rotation begins anew."""
+        self._send_round_if_complete()
         making, self._making = self._making, None
         if self._last_batch == "drop":
             held_back, self._round = self._round, []
@@ -281,7 +292,8 @@ class Enqueuer:
         now = time.monotonic()
         look_again = self._check_calls(now)
         try:
-            self._signal.wake.get(timeout=None if look_again == math.inf else max(0.0, look_again - now))
+            timeout = None if look_again == math.inf else min(max(0.0, look_again - now), threading.TIMEOUT_MAX)
+            self._signal.wake.get(timeout=timeout)
         except queue.Empty:
             pass
 

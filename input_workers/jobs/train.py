@@ -161,10 +161,11 @@ def _report(console: Console, config: Config, result: Result) -> None:
     for name, source in (("train", config.train), ("test", config.test)):
         stats = result.stats[name]
         fetchers = max(1, source.workers)
-        shares = {
-            f"fetching {{:.1%}} of each of {fetchers} fetchers": stats.fetcher_busy_seconds / fetchers,
-            "copying {:.1%}": stats.enqueuer_busy_seconds,
-            "waiting for input {:.1%}": stats.consumer_wait_seconds,
-        }
-        texts = [text.format(seconds / max(result.seconds, 1e-9)) for text, seconds in shares.items()]
-        console.print(f"  {name}: {', '.join(texts)}")
+        fetching, copying, waiting = (
+            f"{seconds / max(result.seconds, 1e-9):.1%}"
+            for seconds in (stats.fetcher_busy_seconds / fetchers, stats.enqueuer_busy_seconds, stats.consumer_wait_seconds)
+        )
+        console.print(
+            f"  {name}: fetching {fetching}{f' (mean of {fetchers} fetchers)' if fetchers > 1 else ''}, "
+            f"copying {copying}, waiting for input {waiting}"
+        )

@@ -61,7 +61,7 @@ def test_calls_that_are_each_short_enough_never_time_out(coordinator: iw.GlobalC
     pause = threading.Event()
 
     def lengths(worker: int, call: int) -> int | None:
-        pause.wait(0.05)
+        pause.wait(0.02)
         return 1 if call < 30 else None
 
     source = register(coordinator, CertifiedFetch(lengths, end_of_data), 5, fetch_timeout_s=1.0, num_workers=2)
