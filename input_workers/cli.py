@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(parsed.config)
         if parsed.command == "check":
             return _check(parsed.config)
-        return _bench(parsed.benchmark)
+        return _bench(parsed.benchmark, parsed.only)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config", metavar="CONFIG.toml")
     bench = commands.add_parser("bench", help="measure the package against the limits of this machine")
     bench.add_argument("benchmark", choices=["core"])
+    bench.add_argument("only", nargs="?", help="run only those whose name contains this")
     for command in (train, check, bench):  # after the command too; left out there, it does not undo the first
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
@@ -71,13 +72,13 @@ def _check(path: str) -> int:
     return 0
 
 
-def _bench(benchmark: str) -> int:
+def _bench(benchmark: str, only: str | None) -> int:
     name = f"input_workers.bench.{benchmark}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(f"bench {benchmark} needs {error.name}: pip install input-workers[bench]") from error
-    return int(module.main() or 0)
+    return int(module.main() if only is None else module.main(only))
 
 
 def _explain(error: BaseException) -> str:

@@ -74,8 +74,8 @@ class Model(_Section):
 
     name: Annotated[str, AfterValidator(_model_name), Field(description="'small_cnn' or a model of keras.applications")]
     image_size: Annotated[
-        list[Annotated[int, Field(ge=1, le=8192, description="pixels, from 1 to 8192")]],
-        Field(min_length=2, max_length=2, description="[height, width] in pixels"),
+        list[Annotated[int, Field(ge=1, le=8192)]],
+        Field(min_length=2, max_length=2, description="[height, width], each from 1 to 8192 pixels"),
     ]
     learning_rate: Annotated[float, Field(gt=0, le=10, description="a number above 0, at most 10")] = 0.001
 

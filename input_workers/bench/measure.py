@@ -23,7 +23,7 @@ class Result:
 
     name: str
     value: float | None  # None: it could not be measured, and `note` says why
-    target: float
+    target: float | None  # None: for comparison only
     unit: str
     note: str
     at_most: bool = False
@@ -31,8 +31,8 @@ class Result:
     @property
     def met(self) -> bool:
         """Whether the target is met."""
-        if self.value is None:
-            return False
+        if self.value is None or self.target is None:
+            return self.target is None
         return self.value <= self.target if self.at_most else self.value >= self.target
 
 
@@ -88,12 +88,11 @@ def drain(
 
 def table(results: list[Result]) -> str:
     """Return the report as text."""
-    lines = [f"{'':<2}{'benchmark':<44}{'measured':>14}{'target':>14}  note"]
+    lines = []
     for result in results:
-        mark = "ok" if result.met else "--" if result.value is None else "NO"
+        mark = "  " if result.target is None else "ok" if result.met else "--" if result.value is None else "NO"
         value = "not measured" if result.value is None else f"{result.value:.3g} {result.unit}".strip()
-        sign = "<=" if result.at_most else ">="
-        lines.append(
-            f"{mark:<2}{result.name:<44}{value:>14}{f'{sign} {result.target:g} {result.unit}'.rstrip():>14}  {result.note}"
-        )
+        sign = "at most" if result.at_most else "at least"
+        target = "" if result.target is None else f"{sign} {result.target:g}"
+        lines.append(f"{mark} {result.name:<66}{value:>12}  {target:<14}{result.note}".rstrip())
     return "\n".join(lines)

@@ -2,29 +2,17 @@
 
 import numpy as np
 import pytest
-from feeds.feed_conformance import FeedConformance, aligned, rows_of
+from feeds.feed_conformance import aligned, rows_of
 
 import input_workers as iw
 from input_workers.contracts import Slot
 
 tf = pytest.importorskip("tensorflow")
-from input_workers.feeds.tensorflow_feed import TensorFlowFeed  # noqa: E402  needs TensorFlow
+from feeds.tensorflow_conformance import TensorFlowConformance  # noqa: E402  needs TensorFlow
+
+from input_workers.feeds.tensorflow_feed import TensorFlowFeed  # noqa: E402
 
 pytestmark = pytest.mark.tensorflow
-
-
-class TensorFlowConformance(FeedConformance):
-    def make_feed(self):
-        return TensorFlowFeed(self.feed.partition(":")[2] or None)
-
-    def value(self, delivered):
-        return delivered.numpy()
-
-    def dtype(self, delivered):
-        return np.dtype("S" if delivered.dtype == tf.string else delivered.dtype.as_numpy_dtype)
-
-    def address(self, delivered):
-        return np.asarray(memoryview(delivered)).ctypes.data
 
 
 class TestTensorFlowOnTheHost(TensorFlowConformance):
@@ -79,18 +67,6 @@ class TestTensorFlowByDefault(TensorFlowConformance):
 
     feed = "tensorflow"
     shares_slots = not tf.config.list_physical_devices("GPU")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not tf.config.list_physical_devices("GPU"), reason="TensorFlow sees no GPU")
-class TestTensorFlowOnTheGpu(TensorFlowConformance):
-    feed = "tensorflow:/GPU:0"
-    shares_slots = False
-    dtypes = tuple(dtype for dtype in FeedConformance.dtypes if dtype != "S7")
-
-    def test_tensors_are_on_the_gpu(self):
-        feed, pool = self.opened(np.float32, np.int64)
-        assert all(tensor.device.endswith("GPU:0") for tensor in feed.receive(feed.send(pool.lease())))
 
 
 @pytest.mark.parametrize("device", ["/GPU:99", "/CPU:1", "nonsense"])
