@@ -120,11 +120,9 @@ class Source(Protocol):
 class DeviceFeed(Protocol):
     """Moves a slot to a device, in two halves: `send` on the enqueuer's thread, `receive` on the trainer's.
 
-    `chunk_alignment`: a chunk that is exactly a batch is sent as it is, not copied into a slot, if its arrays are aligned
-    to this many bytes (1: always); None: never.
+    A feed may have an attribute `chunk_alignment`: a chunk that is exactly a batch is then sent as it is, not copied into
+    a slot, if its arrays are aligned to this many bytes (1: always). By default, or if it is None: never.
     """
-
-    chunk_alignment: int | None
 
     def open(self, specs: Sequence[ArraySpec], batch_size: int) -> None:
         """Called once before the first `send`, on the enqueuer's thread, when the specs are known."""

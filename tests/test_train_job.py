@@ -19,6 +19,7 @@ import cv2
 
 pytestmark = pytest.mark.tensorflow
 
+DIGITS = Path(__file__).parent.parent / "configs" / "digits.toml"
 LIMIT_SECONDS = 240
 CONFIG = """
 seed = 1
@@ -73,22 +74,22 @@ def child(*arguments):
 
 
 def test_the_digits_are_learnt_and_every_row_is_accounted_for(config):
-    with child("train", config(epochs=6)) as job:
+    with child("train", str(DIGITS)) as job:
         out, err = job.communicate(timeout=LIMIT_SECONDS)
     assert job.returncode == 0, err
     assert "Traceback" not in err
-    accuracy, seconds = re.search(r"test accuracy: ([\d.]+)% after 6 epochs in ([\d.]+) s", out).groups()
+    accuracy, seconds = re.search(r"test accuracy: ([\d.]+)% after 12 epochs in ([\d.]+) s", out).groups()
     assert float(accuracy) >= 97
     assert float(seconds) < 60
-    train = "train: 8622 rows fetched = 8448 delivered + 0 in flight + 174 dropped (174 final_partial)"
-    test = "test: 2160 rows fetched = 2160 delivered + 0 in flight + 0 dropped"
+    train = "train: 17244 rows fetched = 16896 delivered + 0 in flight + 348 dropped (348 final_partial)"
+    test = "test: 4320 rows fetched = 4320 delivered + 0 in flight + 0 dropped"
     assert train in out
     assert test in out
     shares = re.findall(r"(train|test): fetching ([\d.]+)%.*, copying ([\d.]+)%, waiting for input ([\d.]+)%", out)
     assert [share[0] for share in shares] == ["train", "test"]
     assert all(0 <= float(number) <= 100 for share in shares for number in share[1:])
     epochs = re.findall(r"loss [\d.]+, accuracy [\d.]+%, [\d,]+ inputs/sec, queue depth [\d.]+, test accuracy", out)
-    assert len(epochs) == 6
+    assert len(epochs) == 12
 
 
 def test_metrics_can_be_read_while_it_trains_and_ctrl_c_ends_it_cleanly(config):

@@ -124,7 +124,7 @@ class DataInputCoordinator:
         return core.started_run().await_specs(core.settings.timeout_s if timeout_s is None else timeout_s)
 
     def stats(self) -> SourceStats:
-        """Return the numbers of this moment. Takes microseconds; counts go on over stop and start."""
+        """Return the numbers of this moment; counts go on over stop and start."""
         return self._core.stats()
 
     def put_metric(self, key: str, value: float, count: bool = True) -> None:

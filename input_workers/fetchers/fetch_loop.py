@@ -123,6 +123,7 @@ def fetch_loop(
     worker_id = recorder.worker_id
     durations = recorder.calls
     clock, rows_of, offer, pack = time.monotonic, check.rows_of, chunks.offer, chunks.pack
+    recorder.alive = True
     now = clock()
     try:
         while not chunks.closed:

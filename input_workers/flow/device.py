@@ -16,11 +16,12 @@ __all__ = ["Device", "Target"]
 class Target:
     """A feed and a batch size, fixed for every slot that is begun with it; opened at the first."""
 
-    __slots__ = ("_lease_slots", "batch_size", "feed", "opened")
+    __slots__ = ("_lease_slots", "batch_size", "chunk_alignment", "feed", "opened")
 
     def __init__(self, feed: DeviceFeed, batch_size: int) -> None:
         self.feed = feed
         self.batch_size = batch_size
+        self.chunk_alignment: int | None = getattr(feed, "chunk_alignment", None)
         self.opened = False
         self._lease_slots: Callable[[int], Slot]
 

@@ -195,7 +195,7 @@ class Enqueuer:
         """Return the next slot to fill, or one that is full, because it is the next chunk itself."""
         device, target = self._next_target()
         rows = target.batch_size if self._rebatch else self._rechunker.next_chunk_rows()
-        alignment = target.feed.chunk_alignment
+        alignment = target.chunk_alignment
         slot = self._rechunker.adopt(rows, alignment) if alignment is not None else None
         return device, target, slot or target.lease(rows)
 

@@ -106,7 +106,7 @@ class FetcherRecorder:
         blocked_since: `time.monotonic()` since it waits for room; `inf` when it does not.
         request: what is being fetched, or None.
         calls: durations of the calls.
-        alive: the fetcher has not ended.
+        alive: the fetcher has begun and not ended.
     """
 
     __slots__ = (
@@ -124,7 +124,7 @@ class FetcherRecorder:
         self.request: FetchRequest | None = None
         self.calls = Histogram()
         self.errors: dict[str, int] = {}
-        self.alive = True
+        self.alive = False
 
     def count_error(self, name: str) -> None:
         """Count a failed call by the name of its error."""
@@ -135,7 +135,6 @@ class FetcherRecorder:
         """Return a recorder of an ended fetcher with the sums of these."""
         recorders = list(recorders)
         total = cls(-1)
-        total.alive = False
         total.rows = sum(recorder.rows for recorder in recorders)
         total.stopped_rows = sum(recorder.stopped_rows for recorder in recorders)
         total.blocked_seconds = sum(recorder.blocked_seconds for recorder in recorders)
