@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from http import HTTPStatus
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Self
 
 from input_workers.coordinator.global_coordinator import GlobalCoordinator
 from input_workers.coordinator.init import global_coordinator
 from input_workers.errors import ConfigError
-from input_workers.metrics.http_server import HttpServer, Response
 from input_workers.metrics.instruments import INSTRUMENTS, Instrument
 from input_workers.metrics.snapshot import HistogramStats, SourceStats
 
 try:
     from prometheus_client import CollectorRegistry
-    from prometheus_client.exposition import choose_encoder
+    from prometheus_client.exposition import start_wsgi_server
     from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
     from prometheus_client.registry import Collector
 except ImportError as error:
     raise ConfigError(f"metrics need prometheus_client ({error}); pip install prometheus-client") from error
 
-__all__ = ["StatsCollector", "serve_metrics"]
+if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
+__all__ = ["MetricsServer", "StatsCollector", "serve_metrics"]
 
 log = logging.getLogger("input_workers")
 
 
-def serve_metrics(port: int = 9108, host: str = "127.0.0.1", coordinator: GlobalCoordinator | None = None) -> HttpServer:
+def serve_metrics(port: int = 9108, host: str = "127.0.0.1", coordinator: GlobalCoordinator | None = None) -> MetricsServer:
     """Serve the numbers of every source of a coordinator at `/metrics`, until the server is closed.
 
     Nothing is counted for it: the numbers are read from `stats()` when they are asked for, so it costs nothing between
@@ -50,15 +53,46 @@ def serve_metrics(port: int = 9108, host: str = "127.0.0.1", coordinator: Global
     registry = CollectorRegistry()
     registry.register(StatsCollector(global_coordinator if coordinator is None else coordinator))
 
-    def respond(path: str, headers: Mapping[str, str]) -> Response:
-        if path == "/metrics":
-            encode, kind = choose_encoder(headers.get("accept", ""))
-            return HTTPStatus.OK, kind, encode(registry)
-        if path == "/":
-            return HTTPStatus.OK, "text/plain; charset=utf-8", b"input_workers: the numbers are at /metrics\n"
-        return HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"404 there is only /metrics\n"
+    try:
+        httpd, thread = start_wsgi_server(port, host, registry)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"metrics on {host} port {port}: {error}; wanted a free port (0 takes one) and an address of this machine"
+        ) from error
+    return MetricsServer(httpd, thread, host)
 
-    return HttpServer(host, port, respond)
+
+class MetricsServer:
+    """prometheus_client's server, until it is closed. A context manager.
+
+    Attributes:
+        host: the address it listens on.
+        port: the port, also where 0 was asked for.
+    """
+
+    def __init__(self, httpd: WSGIServer, thread: threading.Thread, host: str) -> None:
+        self.host = host
+        self.port: int = httpd.server_port
+        self._httpd = httpd
+        self._thread = thread
+
+    @property
+    def url(self) -> str:
+        """Where it is, without a path: "http://127.0.0.1:9108"."""
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    def close(self) -> None:
+        """Stop listening and end the thread, which takes up to half a second. Idempotent."""
+        if self._thread.is_alive():
+            self._httpd.shutdown()
+            self._thread.join()
+        self._httpd.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 class StatsCollector(Collector):

@@ -1,7 +1,5 @@
 """The exporter: what a scrape shows is what stats() says, whatever clients and sources do."""
 
-import contextlib
-import http.client
 import itertools
 import socket
 import subprocess
@@ -16,7 +14,6 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 import input_workers as iw
-from input_workers.metrics import http_server
 from input_workers.metrics.exporter import StatsCollector
 from input_workers.metrics.instruments import INSTRUMENTS
 
@@ -61,12 +58,6 @@ def samples(text):
 
 def value(found, name, **labels):
     return found[name, frozenset(labels.items())]
-
-
-def raw(server, request, timeout=10):
-    with socket.create_connection((server.host, server.port), timeout=timeout) as client:
-        client.sendall(request)
-        return b"".join(iter(lambda: client.recv(65536), b""))
 
 
 def test_the_table_has_the_designed_names_and_labels():
@@ -209,7 +200,7 @@ def test_sources_without_a_coordinator_named_are_those_of_the_global_one():
 
 
 def test_a_taken_port_is_an_error_that_says_so():
-    with iw.serve_metrics(0) as server, pytest.raises(iw.ConfigError, match=f"port {server.port} of 127.0.0.1 is taken"):
+    with iw.serve_metrics(0) as server, pytest.raises(iw.ConfigError, match=f"port {server.port}: .*in use"):
         iw.serve_metrics(server.port)
 
 
@@ -221,7 +212,7 @@ def test_a_wrong_port_is_an_error(port):
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "a" * 300, "é" * 70])
 def test_a_wrong_host_is_an_error(host):
-    with pytest.raises(iw.ConfigError, match="cannot listen"):
+    with pytest.raises(iw.ConfigError, match="metrics on"):
         iw.serve_metrics(0, host)
 
 
@@ -230,9 +221,8 @@ def test_close_is_idempotent_frees_the_port_and_leaves_no_thread():
     server = iw.serve_metrics(0)
     (thread,) = set(threading.enumerate()) - before
     assert thread.daemon
-    with socket.create_connection((server.host, server.port)):  # a client that says nothing does not hold it up
-        for _ in range(3):
-            server.close()
+    for _ in range(3):
+        server.close()
     assert set(threading.enumerate()) == before
     with pytest.raises(OSError, match="refused"):
         socket.create_connection((server.host, server.port))
@@ -242,65 +232,12 @@ def test_close_is_idempotent_frees_the_port_and_leaves_no_thread():
 def test_it_listens_on_loopback_and_says_where():
     with iw.serve_metrics(0) as server:
         assert server.url == f"http://127.0.0.1:{server.port}"
-        with urllib.request.urlopen(f"{server.url}/") as response:
-            assert b"/metrics" in response.read()
-
-
-REQUESTS = [
-    (b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
-    (b"GET /metrics?name=x HTTP/1.0\r\n\r\n", b"200"),
-    (b"GET /metrics/ HTTP/1.1\r\n\r\n", b"404"),
-    (b"GET /../etc/passwd HTTP/1.1\r\n\r\n", b"404"),
-    (b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", b"405"),
-    (b"BREW /metrics HTTP/1.1\r\n\r\n", b"405"),
-    (b"GET /metrics HTTP/2.0\r\n\r\n", b"400"),
-    (b"GET /metrics\r\n\r\n", b"400"),
-    (b"\r\n\r\n", b"400"),
-    (b"GET /metrics HTTP/1.1\r\nno colon\r\n\r\n", b"400"),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
-    (b"GET /" + b"x" * 70_000, b"431"),
-    (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 101 + b"\r\n", b"431"),
-]
-
-
-@pytest.mark.parametrize(("request_bytes", "status"), REQUESTS, ids=range(len(REQUESTS)))
-def test_odd_requests_are_answered_and_leave_the_server_as_it_was(request_bytes, status, capfd):
-    with iw.serve_metrics(0) as server:
-        assert raw(server, request_bytes).split(b" ")[1] == status
         assert scrape(server)
-    assert capfd.readouterr() == ("", "")
 
 
-def test_head_has_the_headers_and_no_body():
-    with iw.serve_metrics(0) as server:
-        client = http.client.HTTPConnection(server.host, server.port)
-        client.request("HEAD", "/metrics")
-        response = client.getresponse()
-        assert (response.status, response.read()) == (200, b"")
-        assert int(response.headers["Content-Length"]) > 0
-        client.close()
-
-
-def test_a_request_may_arrive_byte_by_byte():
-    with iw.serve_metrics(0) as server, socket.create_connection((server.host, server.port), timeout=10) as client:
-        for byte in b"GET /metrics HTTP/1.1\r\n\r\n":
-            client.send(bytes([byte]))
-        assert client.recv(12) == b"HTTP/1.1 200"
-
-
-def test_a_client_that_never_finishes_its_request_is_dropped(monkeypatch):
-    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.05)
-    with iw.serve_metrics(0) as server, socket.create_connection((server.host, server.port), timeout=10) as client:
-        client.send(b"GET /met")
-        assert client.recv(1) == b""
-
-
-def test_clients_that_hold_every_connection_do_not_keep_a_scraper_out():
-    with iw.serve_metrics(0) as server, contextlib.ExitStack() as clients:
-        for _ in range(http_server.MAX_CONNECTIONS * 3):
-            client = clients.enter_context(socket.create_connection((server.host, server.port), timeout=10))
-            client.send(b"GET /metrics HTTP/1.1\r\n")
-        assert scrape(server)
+def test_other_methods_are_refused():
+    with iw.serve_metrics(0) as server, pytest.raises(urllib.error.HTTPError, match="405"):
+        urllib.request.urlopen(f"{server.url}/metrics", data=b"x").close()
 
 
 def test_the_collector_reads_no_source_when_it_is_made():

@@ -6,6 +6,7 @@ import random
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +109,8 @@ BOMBS = {
     "webp-lossless": b"RIFF\x20\0\0\0WEBPVP8L" + struct.pack("<IBI", 20, 0x2F, 0x0FFFFFFF) + bytes(20),
     "webp-lossy": b"RIFF\x20\0\0\0WEBPVP8 " + struct.pack("<I", 20) + b"\0\0\0\x9d\x01\x2a\xff\xff\xff\xff" + bytes(20),
 }
+
+NOBODY = 65534  # a user with no rights of its own
 
 
 class TestRowsAndLabels:
@@ -579,11 +582,22 @@ class TestOddFiles:
         with pytest.raises(BadRows, match=r"y\.jpg' is a folder"):
             get(again, 1)
 
-    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
-    def test_a_file_without_permission_is_an_error(self, source):
-        os.chmod(f"{source.path}/cat/x.png", 0)
-        with pytest.raises(BadRows, match="cannot be read: Permission denied"):
+    def test_a_file_without_permission_is_an_error(self):
+        with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which only its owner may enter
+            os.chmod(folder, 0o755)
+            file = Path(folder) / "cat" / "x.png"
+            write(file, encode("png", smooth(8, 8)))
+            source = ImageFolder(folder, (8, 8))
             get(source, 0)
+            file.chmod(0)
+            user = os.geteuid()
+            if user == 0:
+                os.seteuid(NOBODY)  # root may read everything
+            try:
+                with pytest.raises(BadRows, match="cannot be read: Permission denied"):
+                    get(source, 0)
+            finally:
+                os.seteuid(user)
 
     def test_a_link_to_a_file_inside_is_followed(self, source):
         os.symlink("../cat/x.png", f"{source.path}/cat/a.png")
