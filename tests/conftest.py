@@ -16,7 +16,7 @@ import pytest
 import input_workers as iw
 
 # What a test has set in motion must end within this time after it; it is waited for, not slept through.
-LEAK_SECONDS = 10.0
+LEAK_SECONDS = 5.0
 
 hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from threading import Condition
 from typing import Any
 
-import input_workers as iw
 from self_certifying import make_chunk
+
+import input_workers as iw
 
 # Nothing a test waits for takes long; a test that hangs fails after this.
 HANG_SECONDS = 30.0
@@ -40,10 +41,7 @@ class Gate:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._orders[worker_id] or self._orders[None] or self._always)
             self._waiting.discard(worker_id)
-            if self._always is not None:
-                order = self._always
-            else:
-                order = (self._orders[worker_id] or self._orders[None]).popleft()
+            order = self._always or (self._orders[worker_id] or self._orders[None]).popleft()
             self._changed.notify_all()
         return order(worker_id)
 

@@ -31,7 +31,9 @@ def make_array(source: int, worker: int, call: int, rows: int, index: int) -> np
     return array
 
 
-def make_chunk(worker: int, call: int, rows: int, source: int = 0, inputs: int = 2, axes: Sequence[int] = ()) -> list[np.ndarray]:
+def make_chunk(
+    worker: int, call: int, rows: int, source: int = 0, inputs: int = 2, axes: Sequence[int] = ()
+) -> list[np.ndarray]:
     """Return a chunk: one array per input, its rows along that input's batch axis."""
     arrays = [make_array(source, worker, call, rows, index) for index in range(inputs)]
     for index, axis in enumerate(axes):

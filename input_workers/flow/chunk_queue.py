@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +26,21 @@ __all__ = ["ChunkQueue"]
 # fetchers, whose room comes back when all are copied, need not wait for it.
 BLOCK_ROWS = 128
 
+# Waking a fetcher costs a hand-over of some 20 us. At high rates, doing so for each batch would take a tenth of the time;
+# at low ones, a fetcher that waits while there is room is lost. So: not more often than this, unless the queue runs low.
+ADMIT_INTERVAL_SECONDS = 0.004
+
 
 class _Waiter:
     """A chunk at the door. `gate` is opened once, when `accepted` is decided."""
 
     __slots__ = ("accepted", "chunk", "gate", "spent", "turn")
 
-    def __init__(self, chunk: Chunk) -> None:
+    def __init__(self, chunk: Chunk, turn: int) -> None:
         self.chunk = chunk
-        request = chunk[3]
-        self.turn = request.epoch if request is not None else 0
+        self.turn = turn  # the epoch that it waits for
         self.accepted = False
-        self.spent: list[Chunk] = []
+        self.spent: list[Any] = []
         self.gate = threading.Lock()
         self.gate.acquire()
 
@@ -59,7 +63,7 @@ class ChunkQueue:
 
     # Invariant under _lock: `_weight` and `_nbytes` are those of the waiting chunks and of the taken ones (`_taken`) that
     # are not yet released; a chunk enters only within the bounds or when nothing is charged; `_door` holds nothing that
-    # could enter, but between a release and the half-empty mark; when closed, nothing enters and the door is empty.
+    # could enter, but shortly after a release; when closed, nothing enters and the door is empty.
     # Packed rows are the newest ones and are made a chunk before anything follows them. `_open` is false as soon as an
     # offer needs a closer look: closed, somebody at the door, or epochs to keep apart.
 
@@ -85,7 +89,10 @@ class ChunkQueue:
         self._packed_like: Sequence[NDArray[Any]] = ()
         self._packed_rows = 0
         self._door: list[_Waiter] = []
-        self._spent: list[Chunk] = []  # copied, and not yet freed
+        self._admitted = 0.0  # when a release last let somebody in
+        self._spent: list[Any] = []  # chunks that were copied and not yet freed
+        self._spent_weight = 0
+        self._spent_nbytes = 0
         self._weight = 0
         self._nbytes = 0
         self._taken = 0  # weight of the chunks taken and not yet released
@@ -148,7 +155,8 @@ class ChunkQueue:
 
     def put(self, chunk: Chunk) -> bool:
         """Put the chunk, waiting for room; False: the queue was closed and did not take it."""
-        waiter = _Waiter(chunk)
+        request = chunk[3]
+        waiter = _Waiter(chunk, request.epoch if request is not None and self._requests_per_epoch is not None else 0)
         with self._lock:
             if self.closed:
                 return False
@@ -186,8 +194,8 @@ class ChunkQueue:
         del left
         return chunks
 
-    def release(self, chunks: list[Chunk]) -> None:
-        """The taker has copied these chunks, and keeps no reference to them. Lets in those at the door once half is free.
+    def release(self, chunks: list[Any], rows: int, nbytes: int) -> None:
+        """The taker has copied these chunks, and keeps no reference to them. Lets in those at the door, now or soon.
 
         Giving a large chunk's memory back takes as long as copying it. So the next fetcher that comes does that, in its
         own thread; what none has come for until the next release is freed here. Until then it stays charged.
@@ -195,10 +203,14 @@ class ChunkQueue:
         with self._lock:
             left = self._reclaim()
             self._spent = chunks
-            # Waking a fetcher for each batch would cost a hand-over each; half a queue at a time costs few.
-            if self._door and self._weight * 2 <= self.max_weight:
-                self._door[0].spent = self._reclaim()
-                self._admit()
+            self._spent_weight = rows if self._by_rows else len(chunks)
+            self._spent_nbytes = nbytes
+            if self._door:
+                now = time.monotonic()
+                if now - self._admitted >= ADMIT_INTERVAL_SECONDS or self._weight * 4 <= self.max_weight:
+                    self._admitted = now
+                    self._door[0].spent = self._reclaim()
+                    self._admit()
         del left
 
     def close(self) -> None:
@@ -230,16 +242,15 @@ class ChunkQueue:
         with self._lock:
             return (0, 0) if self._aborted else (self._weight, self._nbytes)
 
-    def _reclaim(self) -> list[Chunk]:
+    def _reclaim(self) -> list[Any]:
         """Uncharge the spent chunks and return them to whoever frees them, outside the lock."""
         spent = self._spent
         if spent:
             self._spent = []
-            weight = sum(chunk[1] for chunk in spent) if self._by_rows else len(spent)
-            self._weight -= weight
-            self._taken -= weight
-            self._wake_at -= weight
-            self._nbytes -= sum(chunk[2] for chunk in spent)
+            self._weight -= self._spent_weight
+            self._taken -= self._spent_weight
+            self._wake_at -= self._spent_weight
+            self._nbytes -= self._spent_nbytes
         return spent
 
     def _is_enough(self) -> bool:

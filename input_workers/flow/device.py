@@ -40,7 +40,7 @@ class Target:
 
 
 class Device:
-    """Where a source delivers. `begin`, `send` and `close` belong to the enqueuer, `next_batch` to any trainer's thread.
+    """Where a source delivers. `open`, `send` and `close` belong to the enqueuer, `next_batch` to any trainer's thread.
 
     Args:
         name: as errors and metrics call it.
@@ -72,13 +72,10 @@ class Device:
         self._opened: list[Target] = []
         self._interrupted: list[Any] = []  # batches that were delivered to a call that Ctrl-C ended
 
-    def begin(self, specs: Sequence[ArraySpec]) -> Target:
-        """Return the target of the next slot, its feed opened."""
-        target = self.target
-        if not target.opened:
-            target.open(specs, self._batch_axes, self._keep_slots)
-            self._opened.append(target)
-        return target
+    def open(self, target: Target, specs: Sequence[ArraySpec]) -> None:
+        """Open the target's feed; `close` will close it."""
+        target.open(specs, self._batch_axes, self._keep_slots)
+        self._opened.append(target)
 
     def send(self, target: Target, slot: Slot) -> bool:
         """Move the slot to the device and queue it; False: the device was stopped. There must be room."""

@@ -89,8 +89,8 @@ class Enqueuer:
         """Deliver until the input ends, fails or is stopped. Never raises; always ends the devices' queues."""
         try:
             while True:
-                if self._round:
-                    self._send_round_if_complete()  # a device may have been stopped meanwhile
+                if self._round and self._round_is_complete():  # a device was stopped meanwhile
+                    self._send_round(time.monotonic())
                 chunks = self._chunks.take(self._rows_wanted())
                 if self._signal.stopping:
                     self._recorder.drop("stopped", sum(chunk[1] for chunk in chunks))
@@ -137,11 +137,14 @@ class Enqueuer:
                     device.queue.put(QueuedBatch(None, None, 0, 0, request.epoch if request is not None else 0))
 
     def finish(self) -> None:
-        """The input has ended: settle the remainder, unless it failed, and let the devices' queues end."""
-        if self._signal.failure is None:
-            self._settle_remainder()
-        else:
-            self._send_round()
+        """The input has ended: settle the remainder, unless it failed. `put_down` is next."""
+        try:
+            if self._signal.failure is None:
+                self._settle_remainder()
+            else:
+                self._send_round(time.monotonic())
+        except _Ended:
+            pass
 
     def put_down(self) -> None:
         """Account for what is held as `stopped`, and end the devices' queues by what ended the run."""
@@ -174,16 +177,12 @@ class Enqueuer:
             started = time.monotonic()
             if self._making is None:
                 self._making = self._begin_slot()
-                slot = self._making[2]
-                if slot.filled:  # a chunk that is a batch as it is
-                    self._chunks.release([((), slot.rows, self._row_nbytes * slot.rows, None)])
-            else:
-                slot = self._making[2]
+            slot = self._making[2]
             if slot.filled < slot.rows:
-                copied = rechunker.fill(slot)
-                if copied:
-                    self._chunks.release(copied)
-                    del copied  # or they would live until the next batch
+                copied, rows = rechunker.fill(slot)
+                if rows:
+                    self._chunks.release(copied, rows, rows * self._row_nbytes)
+                del copied  # or they would live until the next batch
             full = slot.filled == slot.rows
             del slot  # the trainer may let go of the batch before this frame ends
             if full:
@@ -195,9 +194,12 @@ class Enqueuer:
         """Return the next slot to fill, or one that is full, because it is the next chunk itself."""
         device, target = self._next_target()
         rows = target.batch_size if self._rebatch else self._rechunker.next_chunk_rows()
-        alignment = target.chunk_alignment
-        slot = self._rechunker.adopt(rows, alignment) if alignment is not None else None
-        return device, target, slot or target.lease(rows)
+        if target.chunk_alignment is not None:
+            slot = self._rechunker.adopt(rows, target.chunk_alignment)
+            if slot is not None:
+                self._chunks.release([None], rows, rows * self._row_nbytes)
+                return device, target, slot
+        return device, target, target.lease(rows)
 
     def _next_target(self) -> tuple[Device, Target]:
         """Return the device whose turn it is, and its target, opened."""
@@ -208,32 +210,39 @@ class Enqueuer:
                 del self._devices[self._turn]
                 continue
             self._turn += 1
-            specs = self._specs()
-            self._row_nbytes = self._row_nbytes or sum(spec.row_nbytes for spec in specs)
-            try:
-                return device, device.begin(specs)
-            except Exception as error:
-                self._fail(device, f"its feed could not be opened for batches of {device.target.batch_size} rows", error)
+            target = device.target
+            if not target.opened:
+                specs = self._specs()
+                self._row_nbytes = sum(spec.row_nbytes for spec in specs)
+                try:
+                    device.open(target, specs)
+                except Exception as error:
+                    self._fail(device, f"its feed could not be opened for batches of {target.batch_size} rows", error)
+            return device, target
         raise _Ended
 
     def _dispatch(self, started: float) -> None:
         """The slot in the making is full."""
-        self._fill_seconds += time.monotonic() - started
         assert self._making is not None  # noqa: S101  it is what was filled
         self._round.append(self._making)
         self._making = None
-        self._send_round_if_complete()
+        if len(self._devices) == 1 or self._round_is_complete():
+            self._send_round(started)
+        else:
+            self._fill_seconds += time.monotonic() - started
 
-    def _send_round_if_complete(self) -> None:
+    def _round_is_complete(self) -> bool:
         dealt = {id(device) for device, _, _ in self._round}
-        if self._last_batch != "drop" or all(device.queue.ended or id(device) in dealt for device in self._devices):
-            self._send_round()
+        return self._last_batch != "drop" or all(device.queue.ended or id(device) in dealt for device in self._devices)
 
-    def _send_round(self) -> None:
+    def _send_round(self, started: float) -> None:
+        """Send the full slots; `started` is when the last of them was begun to be filled."""
         while self._round:
             device, target, slot = self._round[0]
-            self._await_room(device)
-            started = time.monotonic()
+            if not device.queue.has_room():
+                self._fill_seconds += time.monotonic() - started
+                self._await_room(device)
+                started = time.monotonic()
             del self._round[0]
             try:
                 taken = device.send(target, slot)
@@ -241,15 +250,18 @@ class Enqueuer:
                 self._recorder.drop("device_error", slot.filled)
                 self._fail(device, f"a batch of {slot.rows} rows could not be sent", error)
             if taken:
-                device.queue.recorder.rows_padded += slot.rows - slot.filled
-                device.queue.recorder.send.observe(self._fill_seconds + time.monotonic() - started)
-                self._fill_seconds = 0.0
+                now = time.monotonic()
+                recorder = device.queue.recorder
+                recorder.rows_padded += slot.rows - slot.filled
+                recorder.send.observe(self._fill_seconds + now - started)
+                self._fill_seconds, started = 0.0, now
             else:
                 self._recorder.drop("stopped", slot.filled)
 
     def _settle_remainder(self) -> None:
         """What fills no batch is dropped, kept short or padded; the rotation begins anew."""
-        self._send_round_if_complete()
+        if self._round_is_complete():
+            self._send_round(time.monotonic())
         making, self._making = self._making, None
         if self._last_batch == "drop":
             held_back, self._round = self._round, []
@@ -262,7 +274,7 @@ class Enqueuer:
             else:
                 self._pad(slot)
             self._round.append((device, target, slot))
-            self._send_round()
+            self._send_round(time.monotonic())
         self._turn = 0
 
     def _cut_short(self, slot: Slot) -> Slot:
@@ -277,16 +289,16 @@ class Enqueuer:
             array[rows_between(axis, slot.filled, slot.rows)] = last
 
     def _await_room(self, device: Device) -> None:
-        if device.queue.has_room():
-            return
         recorder = self._recorder
         recorder.enqueuer_blocked_since = started = time.monotonic()
-        while not device.queue.has_room():
-            self._sleep()
-            if self._signal.stopping:
-                raise _Ended
-        recorder.enqueuer_blocked_since = math.inf
-        recorder.enqueuer_blocked_seconds += time.monotonic() - started
+        try:
+            while not device.queue.has_room():
+                self._sleep()
+                if self._signal.stopping:
+                    raise _Ended
+        finally:
+            recorder.enqueuer_blocked_since = math.inf
+            recorder.enqueuer_blocked_seconds += time.monotonic() - started
 
     def _sleep(self) -> None:
         now = time.monotonic()

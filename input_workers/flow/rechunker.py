@@ -73,15 +73,15 @@ class Rechunker:
         self._forget(1)
         return Slot(arrays, chunk_rows, chunk_rows, _epoch_of(request))
 
-    def fill(self, slot: Slot) -> list[Chunk]:
+    def fill(self, slot: Slot) -> tuple[list[Chunk], int]:
         """Copy held rows into the slot behind those it has, until it is full or none is held.
 
         Returns:
-            The chunks that are now wholly copied and no longer held.
+            The chunks that are now wholly copied and no longer held, and their rows.
         """
         wanted = min(slot.rows - slot.filled, self.rows)
         if not wanted:
-            return []
+            return [], 0
         held = self._held
         if not slot.filled:
             slot.epoch = _epoch_of(held[0][3])
@@ -103,15 +103,16 @@ class Rechunker:
         self._done = stop
         return self._forget(whole)
 
-    def _forget(self, count: int) -> list[Chunk]:
-        """Let go of the first `count` chunks, which were copied whole; return them."""
+    def _forget(self, count: int) -> tuple[list[Chunk], int]:
+        """Let go of the first `count` chunks, which were copied whole; return them and their rows."""
         if not count:
-            return []
+            return [], 0
         chunks = self._held[:count]
-        self._begin = self._ends[count - 1]
+        rows = self._ends[count - 1] - self._begin
+        self._begin += rows
         del self._held[:count]
         del self._ends[:count]
-        return chunks
+        return chunks, rows
 
     def _cut(self, arrays: Sequence[NDArray[Any]], start: int, stop: int) -> list[NDArray[Any]]:
         return [array[rows_between(axis, start, stop)] for array, axis in zip(arrays, self._axes, strict=True)]

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-
-import input_workers as iw
 from gates import HANG_SECONDS, Gate, register
 from self_certifying import CertifiedFetch, check_batch
+
+import input_workers as iw
 
 
 def end_of_data() -> Any:
@@ -77,7 +77,7 @@ def test_two_hundred_sources_registered_by_eight_threads_have_unique_workers(coo
         return [coordinator.get_new_worker_id() for _ in range(25)]
 
     with ThreadPoolExecutor(8) as pool:
-        mine = sum(pool.map(work, range(8)), [])
+        mine = [worker_id for ids in pool.map(work, range(8)) for worker_id in ids]
     ids = coordinator.get_worker_ids() + mine
     assert len(ids) == len(set(ids)) == 800
 
@@ -173,7 +173,7 @@ def test_each_batch_goes_to_exactly_one_of_many_consumers(coordinator: iw.Global
         return [tuple(row) for batch in source for row in check_batch(batch).tolist()]
 
     with ThreadPoolExecutor(consumers) as pool:
-        rows = sum(pool.map(consume, range(consumers)), [])
+        rows = [row for some in pool.map(consume, range(consumers)) for row in some]
     assert len(rows) == len(set(rows)) == sum(fetch.made.values())
 
 

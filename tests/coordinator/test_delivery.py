@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gates import HANG_SECONDS, Gate, await_true, register
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from self_certifying import CertifiedFetch, Witness, make_chunk
 
 import input_workers as iw
-from gates import HANG_SECONDS, Gate, await_true, register
-from self_certifying import CertifiedFetch, Witness, make_chunk
 
 
 def end_of_data() -> Any:

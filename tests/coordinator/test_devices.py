@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-
-import input_workers as iw
 from gates import Gate, register
 from self_certifying import CertifiedFetch, check_batch
+
+import input_workers as iw
 
 
 def end_of_data() -> Any:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import input_workers as iw
 from gates import Gate, await_true, register
 from self_certifying import CertifiedFetch, Witness
+
+import input_workers as iw
 
 
 def end_of_data() -> Any:

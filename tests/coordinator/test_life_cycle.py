@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import input_workers as iw
 from gates import HANG_SECONDS, Gate, await_true, register
 from self_certifying import CertifiedFetch, Witness, make_chunk
+
+import input_workers as iw
 
 
 def end_of_data() -> Any:
@@ -225,7 +225,7 @@ def test_an_init_function_that_raises_starts_nothing_and_may_be_tried_again(
 def test_a_with_block_starts_and_stops_and_leaves_the_users_error_as_it_is(coordinator: iw.GlobalCoordinator) -> None:
     source = register(coordinator, CertifiedFetch(lambda worker, call: 4, end_of_data))
     error = ZeroDivisionError("the trainer's own")
-    with pytest.raises(ZeroDivisionError) as caught:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError) as caught:  # noqa: PT012, SIM117
         with coordinator as entered:
             assert entered is coordinator
             source.next_batch()

@@ -6,11 +6,11 @@ import threading
 from typing import Any
 
 import pytest
+from gates import HANG_SECONDS, await_true, register
+from self_certifying import CertifiedFetch, Witness
 
 import input_workers as iw
-from gates import HANG_SECONDS, await_true, register
 from input_workers.coordinator import reporter
-from self_certifying import CertifiedFetch, Witness
 
 
 def end_of_data() -> Any:
@@ -34,7 +34,9 @@ class Logger:
             self._action(metrics)
 
 
-KEYS = {"inputs_per_sec", "queue_size", "time_elapsed", "fetcher_time", "fetcher_time_count", "enqueue_time", "enqueue_time_count"}
+KEYS = {"inputs_per_sec", "queue_size", "time_elapsed"} | {
+    f"{what}_time{count}" for what in ("fetcher", "enqueue") for count in ("", "_count")
+}
 
 
 def test_a_logger_gets_the_values_of_its_interval_at_stop(coordinator: iw.GlobalCoordinator) -> None:

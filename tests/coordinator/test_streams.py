@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gates import HANG_SECONDS, register
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import input_workers as iw
-from gates import register
 
 
 def stream_of(rows: int, **more: Any) -> iw.Stream:
@@ -64,7 +64,12 @@ def test_with_run_on_batches_cross_the_epochs_and_each_row_comes_once_in_each(
     stream = stream_of(50, epochs=3, shuffle=shuffle, rows_per_request=4)
     source = register(coordinator, stream, 8, num_workers=workers, last_batch="keep")
     coordinator.start()
-    batches = list(source)
+    too_long = threading.Timer(HANG_SECONDS / 3, coordinator.stop)  # a hang in this thread, which fetches where workers is 0
+    too_long.start()
+    try:
+        batches = list(source)
+    finally:
+        too_long.cancel()
     rows = [row for batch in batches for row in batch.data.tolist()]
     assert [len(batch.data) for batch in batches] == [8] * 18 + [6]
     assert sorted(rows) == sorted([*range(50)] * 3)

@@ -8,10 +8,10 @@ import time
 from typing import Any, ClassVar
 
 import pytest
-
-import input_workers as iw
 from gates import HANG_SECONDS, register
 from self_certifying import CertifiedFetch, Witness, make_chunk
+
+import input_workers as iw
 
 
 def end_of_data() -> Any:

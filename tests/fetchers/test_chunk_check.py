@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gates import register
 from hypothesis import given
 from hypothesis import strategies as st
 
 import input_workers as iw
-from gates import register
 from input_workers.contracts import FetchRequest
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
 
@@ -161,7 +161,7 @@ def test_whatever_is_returned_is_right_or_a_spec_mismatch_and_changes_nothing(re
     try:
         rows = check.rows_of(result, None)
     except iw.SpecMismatch as error:
-        assert "; wanted " in str(error)
+        assert "; wanted " in str(error)  # noqa: PT017
     else:
         assert result is None or rows == len(result[0]) == len(result[1])
     assert check.rows_of(GOOD, None) == 3

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gates import register
 from hypothesis import given
 from hypothesis import strategies as st
 
 import input_workers as iw
-from gates import register
 from input_workers.fetchers.ownership import owned
 from input_workers.leases import CopyPool
 

@@ -7,11 +7,11 @@ import time
 from typing import Any
 
 import pytest
-
-import input_workers as iw
 from fetchers.backend_conformance import BackendConformance, end_of_data
 from gates import HANG_SECONDS, Gate, register
 from self_certifying import CertifiedFetch, Witness
+
+import input_workers as iw
 
 
 class TestThreads(BackendConformance):

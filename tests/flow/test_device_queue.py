@@ -7,11 +7,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from gates import HANG_SECONDS
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gates import HANG_SECONDS
 from input_workers.errors import EndOfData, QueueClosed, WaitTimeout
 from input_workers.feeds.numpy_feed import NumpyFeed
 from input_workers.flow.device_queue import DeviceQueue, QueuedBatch
@@ -216,7 +216,7 @@ class Machine(RuleBasedStateMachine):
             assert not self.ended
         except (EndOfData, QueueClosed) as error:
             assert not self.waiting
-            assert isinstance(error, QueueClosed) == self.aborted
+            assert isinstance(error, QueueClosed) == self.aborted  # noqa: PT017
         else:
             assert each is self.waiting.pop(0)
             self.hand.append(each)

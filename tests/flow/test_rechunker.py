@@ -115,7 +115,8 @@ def test_slots_hold_what_concatenating_and_slicing_gives(stream: dict[str, Any])
         )
         for number, rows in enumerate(stream["lengths"])
     ]
-    whole = [joined([chunk[0][i] for chunk in chunks], s, d, a) for i, (s, d, a) in enumerate(zip(shapes, dtypes, axes, strict=True))]
+    columns = zip(range(len(axes)), shapes, dtypes, axes, strict=True)
+    whole = [joined([chunk[0][i] for chunk in chunks], s, d, a) for i, s, d, a in columns]
     copies = [[array.copy() for array in chunk[0]] for chunk in chunks]
     rechunker = Rechunker(axes)
     slots: list[Slot] = []
@@ -131,8 +132,8 @@ def test_slots_hold_what_concatenating_and_slicing_gives(stream: dict[str, Any])
                     released_rows, released_chunks = released_rows + batch, released_chunks + 1
             if making is None:
                 making = new_slot(shapes, dtypes, axes, batch)
-            copied = rechunker.fill(making)
-            released_rows, released_chunks = released_rows + sum(each[1] for each in copied), released_chunks + len(copied)
+            copied, rows = rechunker.fill(making)
+            released_rows, released_chunks = released_rows + rows, released_chunks + len(copied)
             if making.filled == making.rows:
                 slots, making = [*slots, making], None
     total = sum(stream["lengths"])
@@ -200,11 +201,11 @@ def test_a_chunk_is_let_go_as_soon_as_it_was_copied_whole() -> None:
     rechunker.add([([array], len(array), 0, None) for array in arrays])
     del arrays
     slot = Slot([np.empty(11, np.int64)], 11)
-    assert [each[1] for each in rechunker.fill(slot)] == [10]
+    assert [each[1] for each in rechunker.fill(slot)[0]] == [10]
     gc.collect()
     assert [ref() is None for ref in watched] == [True, False]
     assert rechunker.rows == 2
-    assert [each[1] for each in rechunker.fill(Slot([np.empty(11, np.int64)], 11))] == [3]
+    assert [each[1] for each in rechunker.fill(Slot([np.empty(11, np.int64)], 11))[0]] == [3]
     gc.collect()
     assert watched[1]() is None
     assert rechunker.rows == 0

@@ -1,0 +1,81 @@
+"""A trainer that ends in one of seven ways. Run by test_exit_matrix: exit_child.py END HOLD STOP QUEUE FEED."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import sys
+import threading
+
+import numpy as np
+
+import input_workers as iw
+
+HANG_SECONDS = 25.0
+
+
+def main() -> None:
+    end, hold, stop, state, feed = sys.argv[1:]
+    calls = threading.Semaphore(0)
+
+    def fetch(worker_id: int, batch_size: int) -> object:
+        calls.release()
+        if state == "empty" and len(started) > 4:
+            threading.Event().wait(0.05)  # a disk that takes its time; a thread in here cannot be woken
+            return None
+        started.append(worker_id)
+        return [np.ones((8, 1000)), np.ones(8, np.int64)]
+
+    started: list[int] = []
+    coordinator = iw.GlobalCoordinator()
+    iw.init_data_input_workers(feed, ["data", "label"], fetch, 8, num_workers=2, coordinator=coordinator)
+    source = coordinator["train"]
+    if end != "with":
+        coordinator.start()
+        held = run(coordinator, source, state, calls)
+    if end == "with":
+        with coordinator:
+            held = run(coordinator, source, state, calls)
+            if hold == "drop":
+                held.clear()
+            if stop == "stop":
+                coordinator.stop()
+            raise ValueError("the user's own")
+    if hold == "drop":
+        held.clear()
+    else:
+        globals()["held"] = held
+    if stop == "stop":
+        coordinator.stop()
+    if end == "sys.exit":
+        sys.exit(3)
+    if end == "error":
+        raise ValueError("the user's own")
+    if end == "interrupt":
+        raise KeyboardInterrupt
+    if end == "os._exit":
+        os._exit(4)
+    if end == "collected":
+        del coordinator, source
+        gc.collect()
+    elif end == "main":
+        globals()["coordinator"] = coordinator
+
+
+def run(coordinator: iw.GlobalCoordinator, source: object, state: str, calls: threading.Semaphore) -> list[object]:
+    held = [source.next_batch(HANG_SECONDS) for _ in range(3)]
+    if state == "flowing":
+        held += [source.next_batch(HANG_SECONDS) for _ in range(20)]
+    elif state == "full":
+        while source.stats().fetcher_blocked_seconds == 0:
+            threading.Event().wait(0.001)
+    else:
+        for _ in range(8):
+            calls.acquire(timeout=HANG_SECONDS)
+    return held
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+    main()

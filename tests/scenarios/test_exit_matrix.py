@@ -1,0 +1,75 @@
+"""A trainer may end however it likes: its own exit code, its own traceback and nothing else, and never a hang."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+CHILD = pathlib.Path(__file__).with_name("exit_child.py")
+LIMIT_SECONDS = 40.0
+
+# Lines that TensorFlow's own log writes when it is loaded.
+OF_TENSORFLOW = re.compile(r"[IW]\d{4} |WARNING: All log messages before absl")
+
+# end -> (exit code, last line of stderr)
+ENDS = {
+    "main": (0, ""),
+    "sys.exit": (3, ""),
+    "error": (1, "ValueError: the user's own"),
+    "interrupt": (-signal.SIGINT, "KeyboardInterrupt"),
+    "os._exit": (4, ""),
+    "collected": (0, ""),
+    "with": (1, "ValueError: the user's own"),
+}
+CASES = list(itertools.product(ENDS, ["hold", "drop"], ["stop", "leave"], ["empty", "flowing", "full"]))
+TENSORFLOW_CASES = [("main", "hold", "leave", "full"), ("error", "hold", "leave", "flowing"),
+                    ("collected", "drop", "leave", "full"), ("sys.exit", "drop", "stop", "flowing")]  # fmt: skip
+
+
+def end_like(case: tuple[str, ...], feed: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", str(CHILD), *case, feed]
+    if feed != "numpy":
+        del command[1:3]  # its warnings are its own
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(CHILD.parents[2]), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def children() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
+    """Every case in a child of its own, two at a time, all of them before the first is looked at."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(CASES, pool.map(lambda case: end_like(case, "numpy"), CASES), strict=True))
+
+
+def check(case: tuple[str, ...], done: subprocess.CompletedProcess[str]) -> None:
+    code, last_line = ENDS[case[0]]
+    lines = [line for line in done.stderr.strip().splitlines() if not OF_TENSORFLOW.match(line)]
+    assert "Timeout (" not in done.stderr, done.stderr
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    if last_line:
+        assert lines[0] == "Traceback (most recent call last):", done.stderr
+        assert lines[-1] == last_line, done.stderr
+        assert sum("Traceback" in line for line in lines) == 1, done.stderr
+    else:
+        assert lines == [], done.stderr
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_end_of_a_trainer_is_its_own(
+    children: dict[tuple[str, ...], subprocess.CompletedProcess[str]], case: tuple[str, ...]
+) -> None:
+    check(case, children[case])
+
+
+@pytest.mark.tensorflow
+@pytest.mark.parametrize("case", TENSORFLOW_CASES, ids="-".join)
+def test_the_end_of_a_trainer_with_tensorflow_is_its_own(case: tuple[str, ...]) -> None:
+    check(case, end_like(case, "tensorflow"))
