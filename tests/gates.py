@@ -85,9 +85,7 @@ class Gate:
     def await_calls(self, count: int = 1) -> None:
         """Wait until so many workers wait in here and every order was taken: what was fetched before has been put."""
         with self._changed:
-            taken = self._changed.wait_for(
-                lambda: len(self._waiting) >= count and not any(self._orders.values()), HANG_SECONDS
-            )
+            taken = self._changed.wait_for(lambda: len(self._waiting) >= count and not any(self._orders.values()), HANG_SECONDS)
         assert taken, f"{len(self._waiting)} of {count} workers came back"
 
 

@@ -14,9 +14,7 @@ import input_workers as iw
 
 ROOT = pathlib.Path(iw.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-NAMES = {
-    file: ".".join(file.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for file in FILES
-}
+NAMES = {file: ".".join(file.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for file in FILES}
 MAX_LINES = 350
 
 # From below to above: a module may import what is below it. Inside one entry, modules of the same folder know each other.

@@ -8,7 +8,6 @@ import weakref
 from typing import Any, NoReturn
 
 from input_workers.contracts import ArraySpec
-from input_workers.coordinator.run import Run
 from input_workers.coordinator.source_core import SourceCore
 from input_workers.errors import ConfigError, EndOfData
 from input_workers.metrics.snapshot import DeviceStats, SourceStats
@@ -80,6 +79,8 @@ class DataInputCoordinator:
     def __init__(self, core: SourceCore) -> None:
         self._core = core
         self._only: DeviceInput | None = None  # kept, because `next_batch` is called for each batch
+        # When nobody holds this handle any more, its run ends. The finalizer only asks for it.
+        weakref.finalize(self, core.request_stop).atexit = False
 
     @property
     def name(self) -> str:
@@ -148,7 +149,3 @@ class DataInputCoordinator:
     def trace(self, path: str, seconds: float = 5.0) -> NoReturn:
         """Not built yet."""
         raise ConfigError("trace is not built yet")
-
-    def _end_with(self, run: Run) -> None:
-        """Let the run end when nobody holds this handle any more. The finalizer only sets the signal."""
-        weakref.finalize(self, run.request_stop).atexit = False

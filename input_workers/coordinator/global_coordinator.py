@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn, Self
@@ -39,6 +41,7 @@ class GlobalCoordinator:
         self._owner: int | None = None
         self._sources: dict[str, tuple[DataInputCoordinator, SourceCore]] = {}
         self._log: Ticker | None = None
+        self._pid = os.getpid()
         self._logged: list[SourceCore] = []
         self._worker_ids = itertools.count()
         self.last_stop: StopReport | None = None
@@ -89,9 +92,8 @@ class GlobalCoordinator:
                     if core.settings.init_fun is not None:
                         core.settings.init_fun(handle, self)
                     core.initialised = True
-                for handle, core in chosen:
+                for _, core in chosen:
                     core.start()
-                    handle._end_with(core.started_run())
                 self._start_log([core for _, core in chosen], first=before is not State.RUNNING)
             except BaseException:
                 for _, core in new:
@@ -117,6 +119,8 @@ class GlobalCoordinator:
 
             self._log = Ticker("input-workers-log", write)
             self._log.start()
+            weakref.finalize(self, self._log.request_stop).atexit = False
+            self._pid = os.getpid()
         self._logged += [core for core in cores if core not in self._logged]
 
     def stop(self, timeout_s: float = 5.0) -> bool:
@@ -128,6 +132,8 @@ class GlobalCoordinator:
         Raises:
             LifecycleError: called by an init function.
         """
+        if os.getpid() != self._pid:
+            return True  # forked: the threads, and whatever locks they held, are the parent's
         started = time.monotonic()
         deadline = started + timeout_s
         with self._transition(State.STOPPING, timeout_s) as before:

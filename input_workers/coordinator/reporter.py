@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ class Ticker:
     def __init__(self, name: str, tick: Callable[[], None], interval_s: float | None = None) -> None:
         self._tick = tick
         self._interval_s = INTERVAL_SECONDS if interval_s is None else interval_s
-        self._stopped = threading.Event()
+        self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()  # its put may also be called by a finalizer
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -34,13 +35,18 @@ class Ticker:
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._interval_s):
+        stopping = False
+        while not stopping:
+            try:
+                self._stop.get(timeout=self._interval_s)
+                stopping = True
+            except queue.Empty:
+                pass
             self._tick()
-        self._tick()
 
     def request_stop(self) -> None:
         """Ask for the last call."""
-        self._stopped.set()
+        self._stop.put(None)
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait for it until `time.monotonic()` reaches the deadline; return (name, stack) if it hangs."""
@@ -99,5 +105,5 @@ class LoggerFeed:
         self._since, self._before, self._put_before = now, sums, put
         try:
             self._logger.log(metrics)
-        except Exception:
+        except BaseException:  # SystemExit too: it would end the logger's thread in silence
             log.exception("source %r: the external logger %r raised", self._core.settings.name, type(self._logger).__name__)

@@ -237,10 +237,6 @@ class Run:
             for device in self.devices.values():
                 wrong += [f"{device.name}: its feed could not be closed: {error!r}" for error in device.close()]
             exit_hook.forget(self)
-            ledger = self.recorder.check(0)
-            if ledger is not None:
-                wrong.append(f"source {self.settings.name!r}: {ledger}")
-            self.recorder.retire(self._fetcher_recorders)
         return tuple(StuckThread(name, stack) for name, stack in stuck), tuple(wrong)
 
     def _abort_device(self, device: Device) -> None:

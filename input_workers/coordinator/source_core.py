@@ -77,13 +77,25 @@ class SourceCore:
         """Start what was prepared."""
         run, self._prepared = self._prepared, None
         assert run is not None  # noqa: S101  prepared just before
-        run.start()
         with self._lock:
-            self.run = run
+            before, self.run = self.run, run  # known before its threads run: they may call stop()
             self._unended.append(run)
+        try:
+            run.start()
+        except BaseException:
+            with self._lock:
+                self.run = before
+            raise
         for ticker in self._prepared_tickers:
             ticker.start()
             self._tickers.append(ticker)
+
+    def request_stop(self) -> None:
+        """Ask every thread to end. Takes no lock: a finalizer calls it."""
+        if self.run is not None:
+            self.run.request_stop()
+        for ticker in self._tickers:
+            ticker.request_stop()
 
     def abort(self) -> None:
         """First phase of a stop: flag and wake everybody."""
@@ -104,6 +116,13 @@ class SourceCore:
                 with self._lock:
                     if run in self._unended:
                         self._unended.remove(run)
+        with self._lock:
+            stands_still = not self._unended
+        if stands_still:
+            ledger = self.recorder.check(0)
+            if ledger is not None:
+                wrong += (f"source {self.settings.name!r}: {ledger}",)
+            self.recorder.retire()
         hanging = [(ticker, ticker.join(deadline)) for ticker in self._tickers]
         self._tickers = [ticker for ticker, alive in hanging if alive]
         stuck += tuple(StuckThread(*each) for _, alive in hanging for each in alive)

@@ -39,7 +39,7 @@ class DeviceQueue:
         self.recorder = recorder
         self._wake = wake
         self._lock = threading.Lock()
-        self._ready = threading.Condition(self._lock)
+        self._gates: list[threading.Lock] = []  # of getters that wait; one that has given up may still be among them
         self._batches: list[QueuedBatch] = []
         self._in_hand: dict[int, QueuedBatch] = {}  # by identity: taken, and neither committed nor put back
         self._wants_room = False
@@ -60,7 +60,7 @@ class DeviceQueue:
             if self._error is not None:
                 return False
             self._batches.append(batch)
-            self._ready.notify()
+            self._open_gates()
         return True
 
     def get(self, timeout_s: float, waiting_for: str) -> QueuedBatch:
@@ -71,40 +71,63 @@ class DeviceQueue:
             QueueClosed, EndOfData, SourceFailed, FeedFailed: the queue has ended, and nothing is left in it.
         """
         batch: QueuedBatch | None = None
+        deadline: float | None = None
         try:
-            with self._lock:
-                if not self._batches and self._error is None:
-                    self._await_batch(timeout_s, waiting_for)
-                if not self._batches:
-                    assert self._error is not None  # noqa: S101  what was waited for
-                    raise self._error()
-                key = id(self._batches[0])
-                # No call between these lines: a signal, such as Ctrl-C, is handled at calls and jumps only.
-                batch = self._batches[0]
-                self._in_hand[key] = batch
-                del self._batches[0]
-                wants_room, self._wants_room = self._wants_room, False
-            if wants_room:
+            while batch is None:
+                gate: threading.Lock | None = None
+                with self._lock:
+                    batch = self._take()
+                    if batch is None:
+                        gate = threading.Lock()
+                        gate.acquire()
+                        self._gates.append(gate)
+                if gate is not None:
+                    deadline = time.monotonic() + timeout_s if deadline is None else deadline
+                    if not self._pass(gate, deadline):
+                        raise WaitTimeout(
+                            f"{waiting_for}: no batch within {timeout_s:g} s; nothing is lost, ask again, or look at "
+                            "stats() for who is waiting"
+                        )
+            if self._wants_room:
+                self._wants_room = False
                 self._wake.put(None)
             return batch
-        except BaseException:
+        except BaseException:  # Ctrl-C may come anywhere above
             if batch is not None:
                 self.put_back(batch)
             raise
 
-    def _await_batch(self, timeout_s: float, waiting_for: str) -> None:
+    def _take(self) -> QueuedBatch | None:
+        """Return the next batch, now in hand; None if there is none yet. Raises the end's error. The lock is held."""
+        if not self._batches:
+            if self._error is not None:
+                raise self._error()
+            return None
+        batch = self._batches[0]
+        key = id(batch)
+        # No call between these lines: a signal, such as Ctrl-C, is handled at calls and jumps only.
+        self._in_hand[key] = batch
+        del self._batches[0]
+        return batch
+
+    def _pass(self, gate: threading.Lock, deadline: float) -> bool:
+        """Wait until the gate is opened; False: it was not, in time."""
+        # Not a Condition: Ctrl-C while its `wait` takes the lock again would leave that lock in an unknown state.
         started = time.monotonic()
-        try:
-            while not self._batches and self._error is None:
-                left = started + timeout_s - time.monotonic()
-                if left <= 0:
-                    raise WaitTimeout(
-                        f"{waiting_for}: no batch within {timeout_s:g} s; nothing is lost, ask again, or look at stats() "
-                        "for who is waiting"
-                    )
-                self._ready.wait(min(left, threading.TIMEOUT_MAX))
-        finally:
-            self.recorder.wait_seconds += time.monotonic() - started
+        left = deadline - started
+        passed = gate.acquire(timeout=min(left, threading.TIMEOUT_MAX)) if left > 0 else False
+        waited = time.monotonic() - started
+        with self._lock:
+            self.recorder.wait_seconds += waited
+            if not passed and gate in self._gates:
+                self._gates.remove(gate)
+        return passed
+
+    def _open_gates(self) -> None:
+        """Let every waiting getter look again. The lock is held."""
+        gates, self._gates = self._gates, []
+        for gate in gates:
+            gate.release()
 
     def commit(self, batch: QueuedBatch) -> None:
         """Count the batch in hand as delivered. Raises the end's error if the queue was aborted meanwhile."""
@@ -133,7 +156,7 @@ class DeviceQueue:
             if self._in_hand.pop(id(batch), None) is None:
                 return False
             self._batches.insert(0, batch)
-            self._ready.notify()
+            self._open_gates()
             return True
 
     def end(self, error: Callable[[], Exception]) -> None:
@@ -141,7 +164,7 @@ class DeviceQueue:
         with self._lock:
             if self._error is None:
                 self._error = error
-            self._ready.notify_all()
+            self._open_gates()
 
     def abort(self, error: Callable[[], Exception]) -> int:
         """End at once; return the rows that were waiting or in hand and will not be delivered."""
@@ -151,7 +174,7 @@ class DeviceQueue:
             self._aborted = True
             self._batches = []
             self._in_hand = {}
-            self._ready.notify_all()
+            self._open_gates()
         self._wake.put(None)
         return rows
 

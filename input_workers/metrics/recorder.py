@@ -219,13 +219,12 @@ class SourceRecorder:
         with self._lock:
             return [self._retired, *self._fetchers]
 
-    def retire(self, recorders: Iterable[FetcherRecorder]) -> None:
+    def retire(self) -> None:
         """Merge what ended fetchers counted into one recorder: runs come and go, memory does not grow."""
-        ended = [recorder for recorder in recorders if not recorder.alive]
         with self._lock:
+            ended = [recorder for recorder in self._fetchers if not recorder.alive]
             self._retired = FetcherRecorder.merged([self._retired, *ended])
-            gone = {id(recorder) for recorder in ended}
-            self._fetchers = [recorder for recorder in self._fetchers if id(recorder) not in gone]
+            self._fetchers = [recorder for recorder in self._fetchers if recorder.alive]
 
     def rows(self) -> tuple[dict[str, int], int, int]:
         """Return (dropped by reason, delivered, fetched), read in this order."""

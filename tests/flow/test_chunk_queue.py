@@ -60,10 +60,6 @@ def waiting(chunks: ChunkQueue, each: Chunk, door: int) -> Putter:
     return putter
 
 
-def release(chunks: ChunkQueue, copied: list[Chunk]) -> None:
-    release(chunks, copied, sum(each[1] for each in copied), sum(each[2] for each in copied))
-
-
 def test_what_waits_comes_out_at_once_in_the_order_of_coming() -> None:
     chunks, _ = new_queue()
     assert all(chunks.offer(chunk(2, number)) for number in range(5))
@@ -100,10 +96,7 @@ def test_the_bounds_in_rows_and_bytes_hold_until_the_taker_has_copied(bound: str
 
 def test_without_rebatching_a_chunk_weighs_one() -> None:
     chunks, _ = new_queue(2, by_rows=False)
-    assert chunks.offer(chunk(1000))
-    assert chunks.offer(chunk(1000))
-    assert not chunks.offer(chunk(1))
-    assert chunks.charged[0] == 2
+    assert [chunks.offer(chunk(rows)) for rows in (1000, 1000, 1)] == [True, True, False]
 
 
 def drain(chunks: ChunkQueue, count: int) -> list[list[int]]:
@@ -171,9 +164,7 @@ def test_an_end_refuses_those_at_the_door_and_all_who_come_later(how: str, state
         putters = [waiting(chunks, chunk(5, 1 + door), door=door) for door in (1, 2)]
     rows = getattr(chunks, how)()
     assert [putter.result() for putter in putters] == [False] * len(putters)
-    assert not chunks.put(chunk(1))
-    assert not chunks.offer(chunk(1))
-    assert not chunks.pack([np.zeros(1)], 1, 8)
+    assert not (chunks.put(chunk(1)) or chunks.offer(chunk(1)) or chunks.pack([np.zeros(1)], 1, 8))
     assert wake.get(timeout=HANG_SECONDS) is None
     left = state in ("filled", "packed")
     if how == "abort":

@@ -121,9 +121,7 @@ def test_dw18_a_sum_is_not_lost_when_threads_switch_in_the_middle(coordinator: i
 
 
 @pytest.mark.parametrize("jump", [-3600.0, 0.0, 3600.0])
-def test_dw19_the_wall_clock_may_jump(
-    coordinator: iw.GlobalCoordinator, monkeypatch: pytest.MonkeyPatch, jump: float
-) -> None:
+def test_dw19_the_wall_clock_may_jump(coordinator: iw.GlobalCoordinator, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     faulty = old.SharedSums()
