@@ -12,9 +12,10 @@ from typing import Any
 
 import input_workers as iw
 
-__all__ = ["Result", "Stopwatch", "compare", "drain", "table"]
+__all__ = ["BATCH", "Result", "Stopwatch", "compare", "drain", "table"]
 
 ROUNDS = 5
+BATCH = 128
 
 
 @dataclass(frozen=True, slots=True)

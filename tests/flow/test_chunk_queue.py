@@ -164,7 +164,7 @@ def test_an_end_refuses_those_at_the_door_and_all_who_come_later(how: str, state
         putters = [waiting(chunks, chunk(5, 1 + door), door=door) for door in (1, 2)]
     rows = getattr(chunks, how)()
     assert [putter.result() for putter in putters] == [False] * len(putters)
-    assert not (chunks.put(chunk(1)) or chunks.offer(chunk(1)) or chunks.pack([np.zeros(1)], 1, 8))
+    assert [chunks.put(chunk(1)), chunks.offer(chunk(1)), chunks.pack([np.zeros(1)], 1, 8)] == [False] * 3
     assert wake.get(timeout=HANG_SECONDS) is None
     left = state in ("filled", "packed")
     if how == "abort":

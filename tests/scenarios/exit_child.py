@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import gc
 import os
@@ -15,7 +16,15 @@ import input_workers as iw
 HANG_SECONDS = 25.0
 
 
+def say_what_still_runs() -> None:
+    """Registered before the service's own hook, so called after it: threads that outlast it would abort in native code."""
+    alive = [thread.name for thread in threading.enumerate() if thread.name.startswith(("fetcher-", "enqueuer-"))]
+    if alive:
+        print("still running:", alive, file=sys.stderr)  # noqa: T201
+
+
 def main() -> None:
+    atexit.register(say_what_still_runs)
     end, hold, stop, state, feed = sys.argv[1:]
     calls = threading.Semaphore(0)
 

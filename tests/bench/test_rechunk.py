@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from input_workers.bench import core, measure
+from input_workers.bench import measure, rechunk
 
 
 def test_a_ratio_is_the_median_of_ratios_within_a_round():
@@ -45,27 +45,27 @@ def test_a_missed_target_is_marked():
 
 
 def test_chunks_are_handed_over_without_a_reference_left_behind():
-    chunks = core.make_chunks([2, 3], (4,))
+    chunks = rechunk.make_chunks([2, 3], (4,))
     assert isinstance(chunks, collections.deque)
-    fetch = core.hand_over(chunks)
+    fetch = rechunk.hand_over(chunks)
     assert [len(fetch(0, 1)[1]) for _ in range(2)] == [2, 3]
     assert not chunks
-    with pytest.raises(core.iw.EndOfData):
+    with pytest.raises(rechunk.iw.EndOfData):
         fetch(0, 1)
 
 
 def test_every_row_of_a_rechunk_comes_out():
-    results = core.rechunk("tiny", lambda: core.make_chunks([1, 5, 200, 3] * 20, (3,)), 2, 0.0)
+    results = rechunk.rechunk("tiny", lambda: rechunk.make_chunks([1, 5, 200, 3] * 20, (3,)), 2, 0.0)
     assert all(result.value > 0 for result in results)
 
 
 def test_rows_that_stay_are_rechunked_too():
-    (result,) = core.rechunk("tiny", lambda: core.resident_rows(2000, (16,)), 1, 0.0)
+    (result,) = rechunk.rechunk("tiny", lambda: rechunk.resident_rows(2000, (16,)), 1, 0.0)
     assert result.value > 0
     assert "rows/s" in result.note
 
 
 def test_a_benchmark_that_loses_rows_fails(monkeypatch):
-    monkeypatch.setattr(core, "drain", lambda *args, **options: (1, 1.0))
+    monkeypatch.setattr(rechunk, "drain", lambda *args, **options: (1, 1.0))
     with pytest.raises(RuntimeError, match="1 of 10 rows"):
-        core.rechunk("tiny", lambda: core.make_chunks([10], (3,)), 1, 0.0)
+        rechunk.rechunk("tiny", lambda: rechunk.make_chunks([10], (3,)), 1, 0.0)
