@@ -122,6 +122,7 @@ def fetch_loop(
     request: FetchRequest | None = None
     worker_id = recorder.worker_id
     durations = recorder.calls
+    samples = durations.samples
     clock, rows_of, offer, pack = time.monotonic, check.rows_of, chunks.offer, chunks.pack
     recorder.alive = True
     now = clock()
@@ -134,9 +135,10 @@ def fetch_loop(
                 result, request = calls.next(recorder)  # type: ignore[union-attr]
             started, now = now, clock()
             # One look at the clock a call: what lies between two calls is shorter than it is worth to measure.
-            durations.samples.append(now - started)
-            if len(durations.samples) >= SAMPLES_BEFORE_FOLDING:
+            samples.append(now - started)
+            if len(samples) >= SAMPLES_BEFORE_FOLDING:
                 durations.fold()
+                samples = durations.samples
             rows = rows_of(result, request)
             if not rows:
                 recorder.call_started = math.inf

@@ -107,7 +107,7 @@ class ChunkQueue:
     def offer(self, chunk: Chunk) -> bool:
         """Put the chunk if there is room at once and nobody waits; the cheap half of putting."""
         with self._lock:
-            spent = self._reclaim()
+            spent = self._reclaim() if self._spent else None
             weight = self._weight + (chunk[1] if self._by_rows else 1)
             nbytes = self._nbytes + chunk[2]
             if weight > self.max_weight or nbytes > self._max_nbytes or not self._open:
@@ -132,7 +132,7 @@ class ChunkQueue:
         rows are weighed and lie along axis 0.
         """
         with self._lock:
-            spent = self._reclaim()
+            spent = self._reclaim() if self._spent else None
             weight = self._weight + rows
             if weight > self.max_weight or self._nbytes + nbytes > self._max_nbytes or not self._open:
                 return False
