@@ -181,7 +181,7 @@ def test_a_taken_port_is_an_error(config, images, capsys):
         port = taken.getsockname()[1]
         path = config(train="train", test="test")
         Path(path).write_text(f"{Path(path).read_text()}[metrics]\nport = {port}\n")
-        assert f"port {port} of 127.0.0.1 is taken" in failing(capsys, path)
+        assert f"port {port}: [Errno 98] Address already in use" in failing(capsys, path)
 
 
 def test_on_a_terminal_a_bar_shows_what_is_reached(config, images):
