@@ -17,7 +17,7 @@ from input_workers.contracts import DeviceFeed
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator, DeviceInput
 from input_workers.coordinator.reporter import Ticker, log, log_line
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
-from input_workers.coordinator.source_core import SourceCore
+from input_workers.coordinator.source_core import LAST_CALL_SECONDS, SourceCore
 from input_workers.errors import ConfigError, LifecycleError
 from input_workers.lifecycle import State
 from input_workers.metrics.snapshot import SourceStats, StopReport, StuckThread
@@ -145,8 +145,6 @@ class GlobalCoordinator:
             self._state = State.STOPPED
             for _, core in self._copy():
                 core.abort()
-            if self._log is not None:
-                self._log.request_stop()
             stuck: tuple[StuckThread, ...] = ()
             failures: dict[str, str] = {}
             ledgers: dict[str, str] = {}
@@ -161,6 +159,8 @@ class GlobalCoordinator:
                     failures[core.settings.name] = "; ".join([*messages, *wrong])
                 ledgers[core.settings.name] = core.stats().ledger
             if self._log is not None:
+                self._log.request_stop()
+                deadline = max(deadline, time.monotonic() + LAST_CALL_SECONDS)
                 stuck += tuple(StuckThread(*each) for each in self._log.join(deadline))
             self.last_stop = StopReport(
                 ended=not stuck,

@@ -18,7 +18,10 @@ from input_workers.fetchers.chunk_check import SpecBook
 from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, Histogram, SourceRecorder
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
 
-__all__ = ["SourceCore"]
+__all__ = ["LAST_CALL_SECONDS", "SourceCore"]
+
+# What a logger gets for its last call where stuck fetchers have used up the time of a stop.
+LAST_CALL_SECONDS = 0.2
 
 
 class SourceCore:
@@ -101,8 +104,6 @@ class SourceCore:
         """First phase of a stop: flag and wake everybody."""
         for run in self._runs():
             run.abort()
-        for ticker in self._tickers:
-            ticker.request_stop()
 
     def join(self, deadline: float) -> tuple[tuple[StuckThread, ...], tuple[str, ...]]:
         """Second phase: wait until the deadline; return (what is stuck, what went wrong)."""
@@ -123,6 +124,9 @@ class SourceCore:
             if ledger is not None:
                 wrong += (f"source {self.settings.name!r}: {ledger}",)
             self.recorder.retire()
+        for ticker in self._tickers:  # only now do their last numbers stand
+            ticker.request_stop()
+        deadline = max(deadline, time.monotonic() + LAST_CALL_SECONDS)
         hanging = [(ticker, ticker.join(deadline)) for ticker in self._tickers]
         self._tickers = [ticker for ticker, alive in hanging if alive]
         stuck += tuple(StuckThread(*each) for _, alive in hanging for each in alive)
