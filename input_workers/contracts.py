@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import keyword
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
@@ -145,6 +146,9 @@ class FetcherBackend(Protocol):
 
     def check_calls(self, now: float) -> float:
         """Fail the source for a call that runs too long; return when to look again (`inf`: never)."""
+
+    def has_thread(self, thread: threading.Thread) -> bool:
+        """Whether this is one of the fetchers, which then must not wait for its own end."""
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait until the fetchers ended or `time.monotonic()` reached `deadline`; return (name, stack) of the rest."""

@@ -80,7 +80,8 @@ class GlobalCoordinator:
             Exception: what an init function raised, or what starting a thread did; nothing runs then.
         """
         with self._transition(State.STARTING, math.inf) as before:
-            assert before is not None  # noqa: S101  it has waited without an end
+            if before is None:
+                raise LifecycleError("start() in a fetch function whose coordinator is being stopped")
             chosen = [(handle, core) for handle, core in self._copy() if not core.is_running]
             if not chosen:
                 return
@@ -142,7 +143,6 @@ class GlobalCoordinator:
             if before is State.NEW:
                 self._state = State.NEW
                 return True
-            self._state = State.STOPPED
             for _, core in self._copy():
                 core.abort()
             stuck: tuple[StuckThread, ...] = ()
@@ -169,6 +169,7 @@ class GlobalCoordinator:
                 ledgers=MappingProxyType(ledgers),
                 seconds=time.monotonic() - started,
             )
+            self._state = State.STOPPED
             if stuck:
                 log.warning("stop: %d threads did not end: %s", len(stuck), ", ".join(each.name for each in stuck))
             return not stuck
@@ -181,7 +182,10 @@ class GlobalCoordinator:
             if self._owner == me:
                 raise LifecycleError(f"{state.value} while {self._state.value}: not from an init function")
             timeout = None if timeout_s == math.inf else min(timeout_s, threading.TIMEOUT_MAX)
-            free = self._changed.wait_for(lambda: self._owner is None, timeout)
+            # A stop waits for our own threads, so they must not wait for it: a fetch function may call anything.
+            own = any(core.has_thread(threading.current_thread()) for _, core in self._sources.values())
+            self._changed.wait_for(lambda: self._owner is None or (own and self._state is State.STOPPING), timeout)
+            free = self._owner is None
             if free:
                 before, self._state, self._owner = self._state, state, me
         if not free:

@@ -204,6 +204,10 @@ class Run:
             self.chunks.max_weight = self.settings.max_buffered_batches * largest
         self.signal.wake.put(None)  # what waits may be a batch now
 
+    def has_thread(self, thread: threading.Thread) -> bool:
+        """Whether a stop waits for this thread."""
+        return thread is self._thread or (self._fetchers is not None and self._fetchers.has_thread(thread))
+
     def request_stop(self) -> None:
         """Ask every thread to end. Takes no lock: a finalizer calls it."""
         self.signal.request_stop()

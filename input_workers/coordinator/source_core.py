@@ -132,6 +132,10 @@ class SourceCore:
         stuck += tuple(StuckThread(*each) for _, alive in hanging for each in alive)
         return stuck, wrong
 
+    def has_thread(self, thread: threading.Thread) -> bool:
+        """Whether a stop waits for this thread."""
+        return any(run.has_thread(thread) for run in self._runs())
+
     def _runs(self) -> list[Run]:
         with self._lock:
             return list(self._unended)

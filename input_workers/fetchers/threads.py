@@ -106,6 +106,10 @@ class ThreadFetchers:
         # A call that begins while nobody looks is found in time by looking once a timeout.
         return min(earliest, now + self._timeout_s)
 
+    def has_thread(self, thread: threading.Thread) -> bool:
+        """Whether this is one of the fetchers."""
+        return thread in self._threads
+
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait for the threads that were started; return (name, stack) of those still running."""
         return join_threads([thread for thread in self._threads if thread.ident is not None], deadline)
