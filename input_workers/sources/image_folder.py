@@ -161,8 +161,7 @@ class ImageFolder:
         return BadRows(
             [row for row, _ in failures],
             # repr: a file name may hold bytes that no log can encode
-            f"row {row}: {os.path.join(self.path, self.files[row])!r} {what}{more}. Replace or remove the file, or let "
-            "such rows be skipped with ErrorPolicy(skip=True)",
+            f"row {row}: {os.path.join(self.path, self.files[row])!r} {what}{more}. Replace or remove the file",
         )
 
 
