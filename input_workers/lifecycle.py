@@ -5,16 +5,22 @@ from __future__ import annotations
 import enum
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeAlias
 
 from input_workers.errors import Failure, describe
 
-__all__ = ["State", "StopSignal", "WakeUp"]
+__all__ = ["State", "StopSignal", "WakeUp", "seconds_left"]
 
 # Where the enqueuer sleeps. A token means "look again"; spare ones do no harm. SimpleQueue.put is reentrant, so that
 # even a finalizer may wake it.
 WakeUp: TypeAlias = "queue.SimpleQueue[None]"
+
+
+def seconds_left(deadline: float) -> float:
+    """Return how long to wait until `time.monotonic()` reaches the deadline: at least 0, at most what a lock can wait."""
+    return min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 class State(enum.Enum):

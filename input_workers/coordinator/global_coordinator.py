@@ -41,6 +41,7 @@ class GlobalCoordinator:
         self._owner: int | None = None
         self._sources: dict[str, tuple[DataInputCoordinator, SourceCore]] = {}
         self._log: Ticker | None = None
+        self._log_finalizer: weakref.finalize[..., GlobalCoordinator] | None = None
         self._pid = os.getpid()
         self._logged: list[SourceCore] = []
         self._worker_ids = itertools.count()
@@ -120,7 +121,10 @@ class GlobalCoordinator:
 
             self._log = Ticker("input-workers-log", write)
             self._log.start()
-            weakref.finalize(self, self._log.request_stop).atexit = False
+            if self._log_finalizer is not None:
+                self._log_finalizer.detach()  # or each start would leave one behind
+            self._log_finalizer = weakref.finalize(self, self._log.request_stop)
+            self._log_finalizer.atexit = False
             self._pid = os.getpid()
         self._logged += [core for core in cores if core not in self._logged]
 

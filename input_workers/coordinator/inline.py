@@ -19,7 +19,7 @@ from input_workers.fetchers.threads import stack_of
 from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.flow.device_queue import DeviceQueue
 from input_workers.flow.enqueuer import Enqueuer
-from input_workers.lifecycle import StopSignal
+from input_workers.lifecycle import StopSignal, seconds_left
 from input_workers.metrics.recorder import FetcherRecorder
 
 if TYPE_CHECKING:
@@ -87,9 +87,7 @@ class InlineFetcher:
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait until nobody is in `provide`, and account for what is held; return (name, stack) of who still is."""
         user = self._user
-        if user is threading.current_thread() or not self._in_use.acquire(
-            timeout=min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-        ):
+        if user is threading.current_thread() or not self._in_use.acquire(timeout=seconds_left(deadline)):
             return [(user.name, stack_of(user))] if user is not None else []
         try:
             self._enqueuer.put_down()

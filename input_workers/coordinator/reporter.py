@@ -13,6 +13,7 @@ from input_workers.fetchers.threads import join_threads
 
 if TYPE_CHECKING:
     from input_workers.coordinator.source_core import SourceCore
+    from input_workers.metrics.snapshot import SourceStats
 
 __all__ = ["INTERVAL_SECONDS", "LoggerFeed", "Ticker", "log_line"]
 
@@ -72,11 +73,11 @@ class LoggerFeed:
         self._core = core
         self._logger = logger
         self._since = time.monotonic()
-        self._before = self._sums()
+        self._before = self._sums(core.stats())
         self._put_before = core.recorder.put_metrics()
 
-    def _sums(self) -> dict[str, float]:
-        stats = self._core.stats()
+    @staticmethod
+    def _sums(stats: SourceStats) -> dict[str, float]:
         sends = [device.send for device in stats.devices.values()]
         return {
             "rows": stats.rows_delivered,
@@ -88,11 +89,12 @@ class LoggerFeed:
 
     def tick(self) -> None:
         """Call the logger once."""
-        now, sums, put = time.monotonic(), self._sums(), self._core.recorder.put_metrics()
+        now, stats, put = time.monotonic(), self._core.stats(), self._core.recorder.put_metrics()
+        sums = self._sums(stats)
         elapsed = now - self._since
         metrics: dict[str, float] = {
             "inputs_per_sec": (sums["rows"] - self._before["rows"]) / elapsed if elapsed > 0 else 0.0,
-            "queue_size": self._core.stats().queue_depth,
+            "queue_size": stats.queue_depth,
             "time_elapsed": elapsed,
         }
         for key in sums.keys() - {"rows"}:

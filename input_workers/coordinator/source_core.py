@@ -13,9 +13,9 @@ from input_workers.contracts import batch_type
 from input_workers.coordinator.reporter import LoggerFeed, Ticker
 from input_workers.coordinator.run import Run
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
-from input_workers.errors import ConfigError, LifecycleError
+from input_workers.errors import LifecycleError
 from input_workers.fetchers.chunk_check import SpecBook
-from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, Histogram, SourceRecorder
+from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, FetcherRecorder, Histogram, SourceRecorder
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
 
 __all__ = ["LAST_CALL_SECONDS", "SourceCore"]
@@ -53,11 +53,9 @@ class SourceCore:
         return f"{name_scope}/{self.settings.name}" if name_scope else self.settings.name
 
     def add_device(self, device: DeviceSettings, worker_ids: Sequence[int]) -> None:
-        """Add a device and its workers. Raises ConfigError if the name is taken, LifecycleError while it runs."""
+        """Add a device, whose name is not taken, and its workers. Raises LifecycleError while the source runs."""
         name = self.device_name(device.name_scope)
         with self._lock:
-            if name in self.devices:
-                raise ConfigError(f"{name!r} is registered already; wanted another input_source_name or name_scope")
             if self.is_running:
                 raise LifecycleError(f"source {self.settings.name!r} is running; add devices before it is started")
             self.device_recorders[name] = DeviceRecorder()
@@ -152,11 +150,8 @@ class SourceCore:
         run = self.run
         dropped, delivered, fetched = self.recorder.rows()
         fetchers = self.recorder.fetchers()
-        calls = _histogram(Histogram.merged(recorder.calls for recorder in fetchers))
-        errors: dict[str, int] = {}
-        for recorder in fetchers:
-            for name, count in recorder.errors.items():
-                errors[name] = errors.get(name, 0) + count
+        total = FetcherRecorder.merged(fetchers)
+        calls = _histogram(total.calls)
         weight, nbytes = run.chunks.charged if run is not None else (0, 0)
         unit = max(device.batch_size for device in self.devices.values()) if self.settings.rebatch else 1
         devices = {name: self._device_stats(name, now) for name in self.devices}
@@ -175,14 +170,12 @@ class SourceCore:
             queue_depth=weight / unit,
             queue_bytes=nbytes,
             device_queue_depth=sum(device.queue_depth for device in devices.values()),
-            fetch_errors=MappingProxyType(errors),
+            fetch_errors=MappingProxyType(total.errors),
             quarantine=(),
             fetchers_alive=alive,
             fetcher_restarts=0,
             fetcher_busy_seconds=calls.seconds,
-            fetcher_blocked_seconds=sum(
-                recorder.blocked_seconds + _since(recorder.blocked_since, now) for recorder in fetchers
-            ),
+            fetcher_blocked_seconds=total.blocked_seconds + sum(_since(each.blocked_since, now) for each in fetchers),
             enqueuer_busy_seconds=enqueuer_busy,
             enqueuer_blocked_seconds=enqueuer_blocked,
             consumer_wait_seconds=wait,

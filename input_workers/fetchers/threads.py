@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Sequence
 
 from input_workers.errors import Failure, FetchTimeout
+from input_workers.lifecycle import seconds_left
 from input_workers.metrics.recorder import FetcherRecorder
 
 __all__ = ["ThreadFetchers", "join_threads", "stack_of"]
@@ -28,7 +28,7 @@ def join_threads(threads: Sequence[threading.Thread], deadline: float) -> list[t
     """
     for thread in threads:
         if thread is not threading.current_thread():
-            thread.join(min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX))
+            thread.join(seconds_left(deadline))
     return [(thread.name, stack_of(thread)) for thread in threads if thread.is_alive()]
 
 

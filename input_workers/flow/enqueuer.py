@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import queue
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
@@ -18,7 +17,7 @@ from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.flow.device import Device, Target
 from input_workers.flow.device_queue import QueuedBatch
 from input_workers.flow.rechunker import Rechunker, rows_between
-from input_workers.lifecycle import StopSignal
+from input_workers.lifecycle import StopSignal, seconds_left
 from input_workers.metrics.recorder import SourceRecorder
 
 __all__ = ["Enqueuer", "LastBatch"]
@@ -109,13 +108,12 @@ class Enqueuer:
         finally:
             self.put_down()
 
-    def deliver(self, chunks: list[Chunk]) -> bool:
-        """Deliver in the caller's thread, once; False: the run has ended, and `put_down` is next."""
+    def deliver(self, chunks: list[Chunk]) -> None:
+        """Deliver in the caller's thread, once. Where that ends the run, the signal says so, and `put_down` is next."""
         try:
             self._accept(chunks)
         except _Ended:
-            return False
-        return True
+            pass
 
     def _accept(self, chunks: list[Chunk]) -> None:
         """Deliver what these chunks complete; copy the rest into the slot in the making. The list is emptied."""
@@ -301,11 +299,9 @@ class Enqueuer:
             recorder.enqueuer_blocked_seconds += time.monotonic() - started
 
     def _sleep(self) -> None:
-        now = time.monotonic()
-        look_again = self._check_calls(now)
+        look_again = self._check_calls(time.monotonic())
         try:
-            timeout = None if look_again == math.inf else min(max(0.0, look_again - now), threading.TIMEOUT_MAX)
-            self._signal.wake.get(timeout=timeout)
+            self._signal.wake.get(timeout=None if look_again == math.inf else seconds_left(look_again))
         except queue.Empty:
             pass
 

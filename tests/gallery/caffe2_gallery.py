@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+import input_workers as iw
+
 
 class AppendAndSplit:
     """A worker that gathers chunks with np.append, splits off a batch, and puts the rest back into the shared queue.
@@ -246,3 +248,15 @@ class SizeReadTwice:
         between()
         assert len(cut) == self.batch_size
         return cut
+
+
+def feed_of(chunks: list[Any]) -> Any:
+    """Return a fetch function of ours that returns these chunks, one a call, and is then done."""
+    left = list(chunks)
+
+    def fetch(worker_id: int, batch_size: int) -> Any:
+        if not left:
+            raise iw.EndOfData
+        return left.pop(0)
+
+    return fetch

@@ -9,20 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from gallery import caffe2_gallery as old
+from gallery.caffe2_gallery import feed_of
 from gates import register
 
 import input_workers as iw
-
-
-def feed_of(chunks: list[Any]) -> Any:
-    left = list(chunks)
-
-    def fetch(worker_id: int, batch_size: int) -> Any:
-        if not left:
-            raise iw.EndOfData
-        return left.pop(0)
-
-    return fetch
 
 
 def ours(coordinator: iw.GlobalCoordinator, chunks: list[Any], batch_size: int, **more: Any) -> list[Any]:

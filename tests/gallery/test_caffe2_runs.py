@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gallery import caffe2_gallery as old
+from gallery.caffe2_gallery import feed_of
 from gates import HANG_SECONDS, Gate, await_true, register
 
 import input_workers as iw
@@ -18,17 +19,6 @@ import input_workers as iw
 
 def numbered(count: int, rows: int) -> list[list[np.ndarray]]:
     return [[np.arange(i * rows, (i + 1) * rows), np.arange(i * rows, (i + 1) * rows)] for i in range(count)]
-
-
-def feed_of(chunks: list[Any]) -> Any:
-    left = list(chunks)
-
-    def fetch(worker_id: int, batch_size: int) -> Any:
-        if not left:
-            raise iw.EndOfData
-        return left.pop(0)
-
-    return fetch
 
 
 def test_dw13_a_stop_has_one_deadline_for_all_threads(coordinator: iw.GlobalCoordinator) -> None:
