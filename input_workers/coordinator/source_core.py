@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from input_workers.coordinator.run import Run
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.errors import LifecycleError
 from input_workers.fetchers.chunk_check import SpecBook
-from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, FetcherRecorder, Histogram, SourceRecorder
+from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, FetcherRecorder, Histogram, SourceRecorder, waited
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
 
 __all__ = ["LAST_CALL_SECONDS", "SourceCore"]
@@ -155,7 +154,6 @@ class SourceCore:
         weight, nbytes = run.chunks.charged if run is not None else (0, 0)
         unit = max(device.batch_size for device in self.devices.values()) if self.settings.rebatch else 1
         devices = {name: self._device_stats(name, now) for name in self.devices}
-        enqueuer_blocked = self.recorder.enqueuer_blocked_seconds + _since(self.recorder.enqueuer_blocked_since, now)
         wait = sum(device.wait_seconds for device in devices.values())
         enqueuer_busy = sum(device.send.seconds for device in devices.values())
         alive = sum(recorder.alive for recorder in fetchers) if run is not None else 0
@@ -175,9 +173,9 @@ class SourceCore:
             fetchers_alive=alive,
             fetcher_restarts=0,
             fetcher_busy_seconds=calls.seconds,
-            fetcher_blocked_seconds=total.blocked_seconds + sum(_since(each.blocked_since, now) for each in fetchers),
+            fetcher_blocked_seconds=sum(waited(recorder.blocked, now) for recorder in fetchers),
             enqueuer_busy_seconds=enqueuer_busy,
-            enqueuer_blocked_seconds=enqueuer_blocked,
+            enqueuer_blocked_seconds=waited(self.recorder.enqueuer_blocked, now),
             consumer_wait_seconds=wait,
             batches_not_ready=0,
             verdict=self._verdict(now, wait, enqueuer_busy, calls.seconds),
@@ -213,10 +211,6 @@ class SourceCore:
 
 # A trainer that waits less than this share of its time is not held up by its input.
 TRAINER_BOUND_SHARE = 0.05
-
-
-def _since(moment: float, now: float) -> float:
-    return 0.0 if moment == math.inf else max(0.0, now - moment)
 
 
 def _histogram(histogram: Histogram) -> HistogramStats:

@@ -157,11 +157,11 @@ def fetch_loop(
             if offer(chunk):
                 del chunk
                 continue
-            recorder.call_started, recorder.blocked_since = math.inf, now
+            recorder.call_started = math.inf
+            recorder.blocked = recorder.blocked[0], now
             taken = chunks.put(chunk)
             started, now = now, clock()
-            recorder.blocked_since = math.inf
-            recorder.blocked_seconds += now - started
+            recorder.blocked = recorder.blocked[0] + now - started, math.inf
             if not taken:
                 recorder.stopped_rows += rows
                 break

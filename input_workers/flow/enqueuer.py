@@ -288,15 +288,15 @@ class Enqueuer:
 
     def _await_room(self, device: Device) -> None:
         recorder = self._recorder
-        recorder.enqueuer_blocked_since = started = time.monotonic()
+        started = time.monotonic()
+        recorder.enqueuer_blocked = recorder.enqueuer_blocked[0], started
         try:
             while not device.queue.has_room():
                 self._sleep()
                 if self._signal.stopping:
                     raise _Ended
         finally:
-            recorder.enqueuer_blocked_since = math.inf
-            recorder.enqueuer_blocked_seconds += time.monotonic() - started
+            recorder.enqueuer_blocked = recorder.enqueuer_blocked[0] + time.monotonic() - started, math.inf
 
     def _sleep(self) -> None:
         look_again = self._check_calls(time.monotonic())

@@ -17,7 +17,7 @@ import numpy as np
 
 from input_workers.contracts import FetchRequest
 
-__all__ = ["BUCKETS_SECONDS", "DROP_REASONS", "DeviceRecorder", "FetcherRecorder", "Histogram", "SourceRecorder"]
+__all__ = ["BUCKETS_SECONDS", "DROP_REASONS", "DeviceRecorder", "FetcherRecorder", "Histogram", "SourceRecorder", "waited"]
 
 # Upper bounds, in seconds: from a call that only slices an array to one that waits for a far disk.
 BUCKETS_SECONDS = (
@@ -95,22 +95,28 @@ class Histogram:
         return merged
 
 
+def waited(wait: tuple[float, float], now: float) -> float:
+    """Return the seconds of (those that ended, since when one goes on or `inf`), up to now."""
+    ended, since = wait
+    return ended if since == math.inf else ended + max(0.0, now - since)
+
+
 class FetcherRecorder:
     """What one fetcher did. Written by that fetcher alone.
 
     Attributes:
         rows: rows of valid chunks, counted before they are put.
         stopped_rows: of those, rows that the closed queue did not take.
-        blocked_seconds: waiting for room in the chunk queue.
+        blocked: seconds spent waiting for room in the chunk queue, and `time.monotonic()` since it waits now, or `inf`;
+            replaced as one, so that a reader never sees the sum fall.
         call_started: `time.monotonic()` of the running call; `inf` between calls.
-        blocked_since: `time.monotonic()` since it waits for room; `inf` when it does not.
         request: what is being fetched, or None.
         calls: durations of the calls.
         alive: the fetcher has begun and not ended.
     """
 
     __slots__ = (
-        "alive", "blocked_seconds", "blocked_since", "call_started", "calls", "errors", "request", "rows", "stopped_rows",
+        "alive", "blocked", "call_started", "calls", "errors", "request", "rows", "stopped_rows",
         "worker_id",
     )  # fmt: skip
 
@@ -118,8 +124,7 @@ class FetcherRecorder:
         self.worker_id = worker_id
         self.rows = 0
         self.stopped_rows = 0
-        self.blocked_seconds = 0.0
-        self.blocked_since = math.inf
+        self.blocked = (0.0, math.inf)
         self.call_started = math.inf
         self.request: FetchRequest | None = None
         self.calls = Histogram()
@@ -137,7 +142,7 @@ class FetcherRecorder:
         total = cls(-1)
         total.rows = sum(recorder.rows for recorder in recorders)
         total.stopped_rows = sum(recorder.stopped_rows for recorder in recorders)
-        total.blocked_seconds = sum(recorder.blocked_seconds for recorder in recorders)
+        total.blocked = (sum(recorder.blocked[0] for recorder in recorders), math.inf)
         total.calls = Histogram.merged(recorder.calls for recorder in recorders)
         for recorder in recorders:
             for name, count in recorder.errors.items():
@@ -181,8 +186,7 @@ class SourceRecorder:
 
     def __init__(self, devices: dict[str, DeviceRecorder]) -> None:
         self.devices = devices
-        self.enqueuer_blocked_seconds = 0.0  # the enqueuer's: waiting for room on a device
-        self.enqueuer_blocked_since = math.inf
+        self.enqueuer_blocked = (0.0, math.inf)  # like a fetcher's: waiting for room on a device
         self.created = time.monotonic()
         self._lock = threading.Lock()
         self._fetchers: list[FetcherRecorder] = []
