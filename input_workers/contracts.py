@@ -20,7 +20,7 @@ from input_workers.errors import ConfigError, SpecMismatch
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["ArraySpec", "Chunk", "DeviceFeed", "FetchRequest", "FetcherBackend", "Slot", "Source", "batch_type"]
+__all__ = ["ArraySpec", "Chunk", "DeviceFeed", "FetchRequest", "FetcherBackend", "Part", "Slot", "Source", "batch_type"]
 
 RESERVED_INPUT_NAMES = frozenset({"epoch", "valid_rows"})
 
@@ -67,10 +67,23 @@ class FetchRequest:
         out: memory to write into, one array per input, or None where it is not offered.
     """
 
-    __slots__ = ("_rng", "_seed", "batch_size", "epoch", "index", "out", "rows", "worker_id")
+    # `ordinal` counts the requests of a run. A request covers the offsets `begin` to `begin + len(rows)` of its epoch; of
+    # those, the chunk has the rows at `kept` (indices into `rows`; None: all), the others having been delivered by an
+    # earlier run, or skipped.
+    __slots__ = ("_key", "_rng", "batch_size", "begin", "epoch", "index", "kept", "ordinal", "out", "rows", "worker_id")
 
     def __init__(
-        self, index: int, epoch: int, rows: NDArray[np.int64], *, worker_id: int = 0, batch_size: int = 0, seed: int = 0
+        self,
+        index: int,
+        epoch: int,
+        rows: NDArray[np.int64],
+        *,
+        worker_id: int = 0,
+        batch_size: int = 0,
+        seed: int = 0,
+        ordinal: int = 0,
+        begin: int = 0,
+        kept: NDArray[np.int64] | None = None,
     ) -> None:
         self.index = index
         self.epoch = epoch
@@ -78,16 +91,47 @@ class FetchRequest:
         self.worker_id = worker_id
         self.batch_size = batch_size
         self.out: list[NDArray[Any]] | None = None
-        self._seed = seed
+        self.ordinal = ordinal
+        self.begin = begin
+        self.kept = kept
+        self._key: tuple[int, ...] = (seed, epoch, index)
         self._rng: np.random.Generator | None = None
 
     @property
     def rng(self) -> np.random.Generator:
         """Random numbers that depend on seed, epoch and index alone, never on who fetches. Made at first use."""
         if self._rng is None:
-            self._rng = np.random.default_rng((self._seed, self.epoch, self.index))
+            self._rng = np.random.default_rng(self._key)
         return self._rng
 
+    def part(self, rows: NDArray[np.int64], *more_key: int, epoch: int | None = None, seed: int | None = None) -> FetchRequest:
+        """Return a request for other rows in the name of this one, with random numbers from its beginning.
+
+        Args:
+            rows: the row numbers wanted.
+            more_key: what the random numbers depend on besides.
+            epoch: another than this one's.
+            seed: another than this one's.
+        """
+        part = FetchRequest(self.index, self.epoch, rows, worker_id=self.worker_id, batch_size=self.batch_size)
+        part.epoch = self.epoch if epoch is None else epoch
+        part._key = (self._key[0] if seed is None else seed, part.epoch, *self._key[2:], *more_key)
+        return part
+
+    def offset(self, row: int) -> int:
+        """Return where the chunk's rows from `row` on begin in the epoch; for `row` = the chunk's rows, where it ends.
+
+        What lies between two kept rows counts with the first: it will not come any more.
+        """
+        if self.kept is None:
+            return self.begin + row
+        if row == 0:
+            return self.begin
+        return self.begin + (int(self.kept[row]) if row < len(self.kept) else len(self.rows))
+
+
+# What of an epoch a batch has: (epoch, begin, stop), offsets into the epoch.
+Part: TypeAlias = tuple[int, int, int]
 
 # (arrays, rows, nbytes, request): one array per input; a plain tuple, because one is made for every call of the fetch
 # function. The request is None for a plain function. rows == 0 marks the end of the request's epoch.
@@ -97,18 +141,23 @@ Chunk: TypeAlias = "tuple[Sequence[NDArray[Any]], int, int, FetchRequest | None]
 class Slot:
     """Host memory in which a batch is assembled, one array per input, of the delivered shape and C-contiguous."""
 
-    __slots__ = ("arrays", "epoch", "filled", "rows")
+    __slots__ = ("arrays", "epoch", "filled", "parts", "rows")
 
     def __init__(self, arrays: Sequence[NDArray[Any]], rows: int, filled: int = 0, epoch: int = 0) -> None:
         self.arrays = arrays
         self.rows = rows
         self.filled = filled  # real rows, from the first; a padded slot stays below `rows`
         self.epoch = epoch  # of its first row
+        self.parts: list[Part] = []  # of a Stream: what its rows are
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows by number. `fetch` is called from many threads or processes at once and must not depend on which."""
+    """Rows by number. `fetch` is called from many threads or processes at once and must not depend on which.
+
+    A source may have `block_rows`: so many consecutive rows lie together, and a shuffle keeps them near each other; and
+    `file_of(row)`: the name of what the row is read from, for the list of skipped rows.
+    """
 
     def __len__(self) -> int:
         """Return the number of rows; it must not change."""

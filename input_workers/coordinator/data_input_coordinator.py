@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from input_workers.contracts import ArraySpec
@@ -138,13 +139,36 @@ class DataInputCoordinator:
         stuck, wrong = self._core.join(time.monotonic() + min(timeout_s, math.inf))
         return not stuck and not wrong
 
-    def state_dict(self, delivered: int | None = None) -> NoReturn:
-        """Not built yet."""
-        raise ConfigError("state_dict is not built yet")
+    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+        """Return where the Stream is: what the trainer has received, to the row. Plain data that JSON can hold.
 
-    def load_state_dict(self, state: dict[str, Any]) -> NoReturn:
-        """Not built yet."""
-        raise ConfigError("load_state_dict is not built yet")
+        Valid at any moment between two batches; it changes nothing. Ordered delivery takes a few hundred bytes, unordered
+        some 24 more for each request that is not finished. After `stop()`: the last position; before `start()`: where it
+        will begin.
+
+        Args:
+            delivered: the state after so many batches of this run, for a trainer that takes batches ahead: one of the last
+                64. At the end of an epoch with `epoch_end="break"`, it is the state before the `for` has ended.
+
+        Raises:
+            StateMismatch: a plain function has no position.
+            ConfigError: that number of batches is too long ago, or not reached.
+        """
+        return self._core.state(delivered)
+
+    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Let the next `start()` begin where a state says. Batch size, workers and their kind may have changed.
+
+        Args:
+            state: what `state_dict` returned; or a list with that of every shard, saved together, where the number of
+                shards has changed: what they had left of the unfinished epochs is dealt anew.
+
+        Raises:
+            StateMismatch: something has changed that must not (rows, seed, names, the streams of a Mix): the field, got
+                and wanted. The source is as it was.
+            LifecycleError: the source is running.
+        """
+        self._core.load(self._core.check_state(state))
 
     def trace(self, path: str, seconds: float = 5.0) -> NoReturn:
         """Not built yet."""

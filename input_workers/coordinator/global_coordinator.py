@@ -9,18 +9,20 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from input_workers.contracts import DeviceFeed
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator, DeviceInput
 from input_workers.coordinator.reporter import Ticker, log, log_line
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.coordinator.source_core import LAST_CALL_SECONDS, SourceCore
-from input_workers.errors import ConfigError, LifecycleError
+from input_workers.coordinator.state_file import load_file, save_file
+from input_workers.errors import ConfigError, LifecycleError, StateMismatch
 from input_workers.lifecycle import State
 from input_workers.metrics.snapshot import SourceStats, StopReport, StuckThread
+from input_workers.sources.state import FORMAT
 
 __all__ = ["GlobalCoordinator"]
 
@@ -257,21 +259,59 @@ class GlobalCoordinator:
             if core.run is not None:
                 core.run.retarget(core.device_name(name_scope), device)
 
-    def state_dict(self) -> NoReturn:
-        """Not built yet."""
-        raise ConfigError("state_dict is not built yet")
+    def state_dict(self) -> dict[str, Any]:
+        """Return where every Stream is; see `DataInputCoordinator.state_dict`. Plain functions have no position."""
+        left_out = [core.settings.name for _, core in self._copy() if core.stream is None]
+        if left_out:
+            log.info("state_dict: plain functions have no position, so it says nothing of %s", ", ".join(map(repr, left_out)))
+        return {
+            "format": FORMAT,
+            "sources": {core.settings.name: core.state(None) for _, core in self._copy() if core.stream is not None},
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> NoReturn:
-        """Not built yet."""
-        raise ConfigError("load_state_dict is not built yet")
+    def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+        """Let the next `start()` begin where a state, or one of each shard, says: all sources, or none if one cannot.
 
-    def save_state(self, path: str) -> NoReturn:
-        """Not built yet."""
-        raise ConfigError("save_state is not built yet")
+        Raises:
+            StateMismatch: as for `DataInputCoordinator.load_state_dict`, or the sources are not the same.
+            LifecycleError: a source is running.
+        """
+        states = list(state) if isinstance(state, (list, tuple)) else [state]
+        cores = {core.settings.name: core for _, core in self._copy() if core.stream is not None}
+        by_source: dict[str, list[Any]] = {name: [] for name in cores}
+        for each in states:
+            sources = each.get("sources") if isinstance(each, Mapping) and each.get("format") == FORMAT else None
+            if not isinstance(sources, Mapping):
+                raise StateMismatch(f"state: got {each!r:.200}; wanted what state_dict() of a GlobalCoordinator returned")
+            if set(sources) != set(cores):
+                raise StateMismatch(f"state: sources: got {sorted(map(str, sources))}; wanted {sorted(cores)}")
+            for name, of_source in sources.items():
+                by_source[name].append(of_source)
+        positions = {
+            name: core.check_state(by_source[name] if len(states) > 1 else by_source[name][0]) for name, core in cores.items()
+        }
+        for name, core in cores.items():
+            core.load(positions[name])
 
-    def load_state(self, path: str) -> NoReturn:
-        """Not built yet."""
-        raise ConfigError("load_state is not built yet")
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict()` to a file: at every moment it is the old one or the new one, whole.
+
+        Raises:
+            OSError: it cannot be written; the old file is intact.
+        """
+        save_file(path, self.state_dict())
+
+    def load_state(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> None:
+        """Load what `save_state` wrote; of several shards, all their files, where the number of shards has changed.
+
+        Raises:
+            OSError: it cannot be read.
+            StateMismatch: the file was cut or changed, or as for `load_state_dict`. Every source is as it was.
+        """
+        if isinstance(path, (str, os.PathLike)):
+            self.load_state_dict(load_file(path))
+        else:
+            self.load_state_dict([load_file(each) for each in path])
 
     def _copy(self) -> list[tuple[DataInputCoordinator, SourceCore]]:
         with self._changed:

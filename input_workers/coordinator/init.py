@@ -64,7 +64,7 @@ def init_data_input_workers(
         batch_axes: the axis along which the rows lie, one for all inputs or one for each.
         last_batch: what becomes of rows that fill no batch at the end: "drop", "keep" (a shorter one) or "pad" (by
             repeating the last row).
-        ordered: deliver a Stream's requests in their order.
+        ordered: deliver a Stream's requests in their order, whatever the fetchers do.
         timeout_s: a trainer that waits longer for a batch gets WaitTimeout, and may ask again.
         fetch_timeout_s: a call that takes longer is a FetchTimeout, with the stack of the stuck thread.
         on_error: what to do when a fetch fails.
@@ -103,6 +103,8 @@ def init_data_input_workers(
         device_queue_depth=device_queue_depth,
         specs=specs,
     )
+    if isinstance(fetch_fun, Stream):
+        fetch_fun.check(last_batch, device.batch_size)
     coordinator = coordinator if coordinator is not None else global_coordinator
     coordinator.add(settings, device, workers)
     return coordinator

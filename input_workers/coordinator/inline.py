@@ -6,15 +6,16 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from input_workers.contracts import Chunk
+from input_workers.contracts import Chunk, FetchRequest
 from input_workers.errors import Failure, LifecycleError
 from input_workers.fetchers.chunk_check import ChunkCheck
 from input_workers.fetchers.fetch_loop import FunctionCalls, StreamCalls, fetch_loop
+from input_workers.fetchers.recovery import Recovery
 from input_workers.fetchers.threads import stack_of
 from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.flow.device_queue import DeviceQueue
@@ -42,6 +43,8 @@ class InlineFetcher:
         enqueuer: Enqueuer,
         signal: StopSignal,
         recorder: FetcherRecorder,
+        recovery: Recovery | None,
+        nothing_left: Callable[[FetchRequest], object],
     ) -> None:
         self._source = source
         self._calls = calls
@@ -50,6 +53,8 @@ class InlineFetcher:
         self._enqueuer = enqueuer
         self._signal = signal
         self._recorder = recorder
+        self._recovery = recovery
+        self._nothing_left = nothing_left
         self._in_use = threading.Lock()  # held while foreign code runs, but never waited for
         self._user: threading.Thread | None = None
         self._wanted_by: DeviceQueue | None = None
@@ -73,7 +78,20 @@ class InlineFetcher:
             self._wanted_by = device
             self._deadline = time.monotonic() + timeout_s
             self._tried = False
-            ended = fetch_loop(self._source, self._calls, self._check, self, self._recorder, self._idle, self._fail, np.array)
+            self._enqueuer.deliver(self._chunks.take(0))  # end marks of epochs that an earlier run delivered
+            ended = fetch_loop(
+                self._source,
+                self._calls,
+                self._check,
+                self,
+                self._recorder,
+                self._idle,
+                self._fail,
+                np.array,
+                self._recovery,
+                None,
+                self._skip,
+            )
             if ended or self._signal.failure is not None:
                 self._chunks.close()
                 self._enqueuer.finish()
@@ -123,7 +141,12 @@ class InlineFetcher:
         self._tried = True
         self._signal.ended.wait(min(seconds, max(0.0, self._deadline - time.monotonic())))
 
-    def _fail(self, failure: Failure) -> None:
+    def _skip(self, request: FetchRequest) -> None:
+        self._tried = True
+        self._nothing_left(request)
+        self._enqueuer.deliver(self._chunks.take(0))
+
+    def _fail(self, failure: Failure, request: FetchRequest | None) -> None:
         if failure.cause is not None and not isinstance(failure.cause, Exception):
             raise failure.cause  # Ctrl-C in the trainer's own thread is the trainer's
         self._signal.fail(failure)

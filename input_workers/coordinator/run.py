@@ -16,32 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from input_workers.contracts import ArraySpec, FetcherBackend
 from input_workers.coordinator import exit_hook
+from input_workers.coordinator.fetch_side import FetchSide
 from input_workers.coordinator.inline import InlineFetcher
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.errors import EndOfData, Failure, LifecycleError, QueueClosed
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
-from input_workers.fetchers.fetch_loop import FunctionCalls, fetch_loop
 from input_workers.fetchers.threads import ThreadFetchers, join_threads
-from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.flow.device import Device, Target
 from input_workers.flow.device_queue import DeviceQueue
 from input_workers.flow.enqueuer import Enqueuer
-from input_workers.leases import CopyPool, SlotPool
 from input_workers.lifecycle import StopSignal
-from input_workers.metrics.recorder import FetcherRecorder, SourceRecorder
+from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import StuckThread
-from input_workers.sources.stream import Stream, StreamCalls
+from input_workers.policy import Quarantine
+from input_workers.sources.state import Position
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 __all__ = ["Run"]
-
-# Free slabs of one size kept for copies of chunks: enough for a queue of small batches to be emptied at once.
-COPY_SLABS_KEPT = 32
-
-# A chunk this small costs less to copy than to hand over. Measured: handing one over costs 1.5 us, which copies 8 KB.
-PACK_BELOW_NBYTES = 8192 + 1
 
 
 class Run:
@@ -54,6 +47,8 @@ class Run:
         book: the specs of the source, kept from run to run.
         recorder: of the source, kept from run to run.
         make_batch: builds what the trainer gets.
+        quarantine: of the source, kept from run to run.
+        position: where a Stream begins.
     """
 
     # Invariant under _lock: `_threads_left` counts the enqueuer and the fetcher group until each has ended.
@@ -66,6 +61,8 @@ class Run:
         book: SpecBook,
         recorder: SourceRecorder,
         make_batch: Callable[[Sequence[Any]], Any],
+        quarantine: Quarantine,
+        position: Position,
     ) -> None:
         self.forked = False
         self.started = time.monotonic()
@@ -76,28 +73,17 @@ class Run:
         self._closed = False
         self.signal = StopSignal(queue.SimpleQueue())
         batch_size = max(device.batch_size for device in devices.values())
-        stream = settings.fetch_fun if isinstance(settings.fetch_fun, Stream) else None
         inline = not worker_ids
-        if stream is not None:
-            self.calls: StreamCalls | FunctionCalls = StreamCalls(stream, batch_size, self._lend)
-            requests_per_epoch = self.calls.requests_per_epoch if stream.epoch_end == "break" else None
-        else:
-            assert not isinstance(settings.fetch_fun, Stream)  # noqa: S101
-            self.calls = FunctionCalls(settings.fetch_fun, batch_size)
-            requests_per_epoch = None
-        self._copies = CopyPool(COPY_SLABS_KEPT)
-        self._out_pools: dict[int, SlotPool] = {}
-        self._out_keep = len(worker_ids) + 2
-        self.chunks = ChunkQueue(
-            settings.max_buffered_batches * (batch_size if settings.rebatch else 1),
-            settings.max_buffered_bytes,
-            self.signal.wake,
-            by_rows=settings.rebatch,
-            requests_per_epoch=requests_per_epoch,
-            pack_below_nbytes=PACK_BELOW_NBYTES if settings.rebatch and not any(settings.batch_axes) else 0,
-        )
+        self.fetching = FetchSide(settings, len(worker_ids), batch_size, book, recorder, self.signal, quarantine, position)
+        self.chunks = self.fetching.chunks
         self.signal.close_input = self._close_input
-        self.devices = {name: self._device(name, device, make_batch, inline) for name, device in devices.items()}
+        self.devices = {
+            name: self._device(number, name, device, make_batch, inline)
+            for number, (name, device) in enumerate(devices.items())
+        }
+        self.progress = self.fetching.follow([device.queue.log for device in self.devices.values()])
+        for each in self.devices.values():
+            each.queue.progress = self.progress
         self._fetcher_recorders = [recorder.fetcher(worker_id) for worker_id in worker_ids or [0]]
         self._fetchers: FetcherBackend | None = None
         self.enqueuer = Enqueuer(
@@ -108,7 +94,7 @@ class Run:
             specs=book.known,
             last_batch=settings.last_batch,
             rebatch=settings.rebatch,
-            has_epochs=requests_per_epoch is not None,
+            has_epochs=self.fetching.keeps_epochs,
             signal=self.signal,
             recorder=recorder,
             check_calls=self._check_calls,
@@ -117,26 +103,31 @@ class Run:
         if inline:
             self._inline = InlineFetcher(
                 settings.name,
-                self.calls,
+                self.fetching.calls,
                 ChunkCheck(book),
                 self.chunks,
                 self.enqueuer,
                 self.signal,
                 self._fetcher_recorders[0],
+                self.fetching.recovery,
+                self.fetching.nothing_left,
             )
         else:
             self._fetchers = ThreadFetchers(
                 settings.name,
                 self._fetcher_recorders,
-                self._fetch,
-                self.signal.fail,
+                self.fetching.fetch,
+                self.fetching.fail,
                 self._input_ended,
                 settings.fetch_timeout_s,
+                self.fetching.replace if settings.on_error.skip else None,
             )
         self._thread = threading.Thread(target=self._enqueue, name=f"enqueuer-{settings.name}", daemon=True)
         self._threads_left = 2
 
-    def _device(self, name: str, device: DeviceSettings, make_batch: Callable[[Sequence[Any]], Any], inline: bool) -> Device:
+    def _device(
+        self, number: int, name: str, device: DeviceSettings, make_batch: Callable[[Sequence[Any]], Any], inline: bool
+    ) -> Device:
         depth = self.settings.device_queue_depth
         return Device(
             name,
@@ -148,6 +139,7 @@ class Run:
             self._receive_failed,
             # Free slots kept: what the queue holds, one in the trainer's hands, one in the making.
             keep_slots=depth + 2,
+            number=number,
         )
 
     def start(self) -> None:
@@ -191,7 +183,10 @@ class Run:
 
     def stop_device(self, name: str) -> None:
         """Take a device out of the rotation; with the last one, the run ends."""
-        self._abort_device(self.devices[name])
+        device = self.devices[name]
+        self._abort_device(device)
+        if self.progress is not None:
+            self.progress.drop_device(device.number)
         if all(device.queue.ended for device in self.devices.values()):
             self.request_stop()
 
@@ -199,9 +194,7 @@ class Run:
         """Let the next slot that is begun for this device have another feed or batch size."""
         self.devices[name].target = Target(device.make_feed(), device.batch_size)
         largest = max(each.target.batch_size for each in self.devices.values())
-        self.calls.batch_size = largest
-        if self.settings.rebatch:
-            self.chunks.max_weight = self.settings.max_buffered_batches * largest
+        self.fetching.retarget(largest)
         self.signal.wake.put(None)  # what waits may be a batch now
 
     def has_thread(self, thread: threading.Thread) -> bool:
@@ -253,18 +246,6 @@ class Run:
             error.__cause__ = failure.exception()
         return error
 
-    def _fetch(self, recorder: FetcherRecorder) -> None:
-        fetch_loop(
-            self.settings.name,
-            self.calls,
-            ChunkCheck(self.book),
-            self.chunks,
-            recorder,
-            self.signal.ended.wait,
-            self.signal.fail,
-            self._copies.copy,
-        )
-
     def _close_input(self) -> None:
         """No chunk will be taken any more."""
         self.chunks.close()
@@ -294,13 +275,3 @@ class Run:
 
     def _check_calls(self, now: float) -> float:
         return self._fetchers.check_calls(now) if self._fetchers is not None else math.inf
-
-    def _lend(self, rows: int) -> list[NDArray[Any]] | None:
-        """Return memory for a request's rows, once the specs are known."""
-        specs = self.book.specs
-        if specs is None:
-            return None
-        pool = self._out_pools.get(rows)
-        if pool is None:
-            pool = self._out_pools.setdefault(rows, SlotPool(specs, self.settings.batch_axes, rows, self._out_keep))
-        return list(pool.lease().arrays)

@@ -69,6 +69,8 @@ class SourceSettings:
     max_buffered_bytes: int | None
     device_queue_depth: int
     specs: tuple[ArraySpec, ...] | None
+    ordered: bool
+    on_error: ErrorPolicy
 
     @classmethod
     def checked(
@@ -112,14 +114,10 @@ class SourceSettings:
             raise ConfigError(f"last_batch: got {last_batch!r}; wanted one of {', '.join(get_args(LastBatch))}")
         if not rebatch and last_batch != "drop":
             raise ConfigError(f"last_batch={last_batch!r} with rebatch=False: chunks are delivered as they come; leave it out")
-        if ordered:
-            if not isinstance(fetch_fun, Stream):
-                raise ConfigError("ordered=True: a plain function has no order; wanted a Stream as fetch_fun")
-            raise ConfigError("ordered=True is not built yet")
+        if ordered and not isinstance(fetch_fun, Stream):
+            raise ConfigError("ordered=True: a plain function has no order; wanted a Stream as fetch_fun")
         if not isinstance(on_error, ErrorPolicy):
             raise ConfigError(f"on_error: got {on_error!r}; wanted an ErrorPolicy")
-        if on_error != ErrorPolicy():
-            raise ConfigError(f"on_error: {on_error} is not built yet; wanted ErrorPolicy(), which raises at the first error")
         return cls(
             name=name,
             input_names=names,
@@ -135,6 +133,8 @@ class SourceSettings:
             max_buffered_bytes=None if max_buffered_bytes is None else _whole("max_buffered_bytes", max_buffered_bytes, 1),
             device_queue_depth=_whole("device_queue_depth", device_queue_depth, 1),
             specs=_specs(specs, names),
+            ordered=bool(ordered),
+            on_error=on_error,
         )
 
     def difference(self, other: SourceSettings) -> str | None:

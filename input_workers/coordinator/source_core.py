@@ -12,10 +12,13 @@ from input_workers.contracts import batch_type
 from input_workers.coordinator.reporter import LoggerFeed, Ticker
 from input_workers.coordinator.run import Run
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
-from input_workers.errors import LifecycleError
+from input_workers.errors import ConfigError, LifecycleError, StateMismatch
 from input_workers.fetchers.chunk_check import SpecBook
 from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, FetcherRecorder, Histogram, SourceRecorder, waited
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
+from input_workers.policy import Quarantine
+from input_workers.sources.state import Position, position_of, state_of
+from input_workers.sources.stream import Stream
 
 __all__ = ["LAST_CALL_SECONDS", "SourceCore"]
 
@@ -39,11 +42,13 @@ class SourceCore:
         if settings.specs is not None:
             self.book.learn(settings.specs)
         self.make_batch: Callable[[Sequence[Any]], Any] = batch_type(settings.name, settings.input_names)._make
+        self.quarantine = Quarantine(settings.name, settings.on_error, self._tried)
         self.initialised = False
         self.run: Run | None = None
         self._lock = threading.Lock()
         self._unended: list[Run] = []
         self._prepared: Run | None = None
+        self._loaded: Position | None = None  # where the next run begins
         self._tickers: list[Ticker] = []  # those of external loggers; changed by starting and stopping only
         self._prepared_tickers: list[Ticker] = []
 
@@ -68,7 +73,17 @@ class SourceCore:
 
     def prepare(self) -> None:
         """Make the next run, its feeds too: here frameworks are imported. Nothing is started."""
-        self._prepared = Run(self.settings, self.devices, self.worker_ids, self.book, self.recorder, self.make_batch)
+        self.quarantine.open()
+        self._prepared = Run(
+            self.settings,
+            self.devices,
+            self.worker_ids,
+            self.book,
+            self.recorder,
+            self.make_batch,
+            self.quarantine,
+            self._loaded or Position(),
+        )
         self._prepared_tickers = [
             Ticker(f"logger-{self.settings.name}", LoggerFeed(self, logger).tick) for logger in self.settings.external_loggers
         ]
@@ -86,6 +101,7 @@ class SourceCore:
             with self._lock:
                 self.run = before
             raise
+        self._loaded = None
         for ticker in self._prepared_tickers:
             ticker.start()
             self._tickers.append(ticker)
@@ -143,6 +159,50 @@ class SourceCore:
             raise LifecycleError(f"source {self.settings.name!r} was not started; call start() first")
         return self.run
 
+    @property
+    def stream(self) -> Stream | None:
+        """What the source reads, if it is a Stream."""
+        return self.settings.fetch_fun if isinstance(self.settings.fetch_fun, Stream) else None
+
+    def state(self, delivered: int | None) -> dict[str, Any]:
+        """Return the position as plain data; see `DataInputCoordinator.state_dict`."""
+        settings, run = self.settings, self.run
+        stream = self._stream_or_raise()
+        batch_size = max(device.batch_size for device in self.devices.values())
+        position = self._loaded
+        if position is None and run is not None:
+            position = run.fetching.position(delivered)
+        elif delivered:
+            raise ConfigError(f"source {settings.name!r}: state_dict(delivered={delivered}): nothing was delivered yet")
+        if position is None:
+            position = Position(rows_per_request=stream.rows_per_request or batch_size)
+        return state_of(settings.name, settings.input_names, stream, settings.last_batch, position)
+
+    def check_state(self, state: Any) -> Position:
+        """Return the position that a state says. Raises StateMismatch, or LifecycleError while the source runs."""
+        settings = self.settings
+        if self.is_running:
+            raise LifecycleError(f"source {settings.name!r} is running; load a state before start(), or after stop()")
+        return position_of(state, settings.name, settings.input_names, self._stream_or_raise(), settings.last_batch)
+
+    def load(self, position: Position) -> None:
+        """Begin the next run there."""
+        self._loaded = position
+
+    def _stream_or_raise(self) -> Stream:
+        stream = self.stream
+        if stream is None:
+            raise StateMismatch(
+                f"source {self.settings.name!r}: a plain function has no position; wanted a Stream as fetch_fun"
+            )
+        return stream
+
+    def _tried(self) -> tuple[int, int]:
+        """Return (rows tried, or calls of a plain function; calls made)."""
+        total = FetcherRecorder.merged(self.recorder.fetchers())
+        calls = sum(total.calls.read()[0]) + sum(total.errors.values())
+        return (total.rows if self.stream is not None else calls), calls
+
     def stats(self) -> SourceStats:
         """Return the numbers of this moment."""
         now = time.monotonic()
@@ -156,7 +216,7 @@ class SourceCore:
         devices = {name: self._device_stats(name, now) for name in self.devices}
         wait = sum(device.wait_seconds for device in devices.values())
         enqueuer_busy = sum(device.send.seconds for device in devices.values())
-        alive = sum(recorder.alive for recorder in fetchers) if run is not None else 0
+        alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,
             rows_delivered=delivered,
@@ -169,9 +229,9 @@ class SourceCore:
             queue_bytes=nbytes,
             device_queue_depth=sum(device.queue_depth for device in devices.values()),
             fetch_errors=MappingProxyType(total.errors),
-            quarantine=(),
+            quarantine=self.quarantine.latest,
             fetchers_alive=alive,
-            fetcher_restarts=0,
+            fetcher_restarts=self.recorder.restarts,
             fetcher_busy_seconds=calls.seconds,
             fetcher_blocked_seconds=sum(waited(recorder.blocked, now) for recorder in fetchers),
             enqueuer_busy_seconds=enqueuer_busy,

@@ -77,14 +77,15 @@ class ChunkCheck:
     """Checks results. One per fetcher; not thread-safe, but many may share a SpecBook.
 
     Attributes:
+        axes: the batch axis of each input.
         row_nbytes: bytes of one row of all inputs; 0 before the first rows were seen.
     """
 
-    __slots__ = ("_axes", "_book", "_layouts", "row_nbytes")
+    __slots__ = ("_book", "_layouts", "axes", "row_nbytes")
 
     def __init__(self, book: SpecBook) -> None:
         self._book = book
-        self._axes = book.batch_axes
+        self.axes = book.batch_axes
         self._layouts: tuple[tuple[np.dtype[Any], dict[tuple[int, ...], int]], ...] = ()  # dtype, {shape: rows}
         self.row_nbytes = 0
 
@@ -126,7 +127,7 @@ class ChunkCheck:
         if len(result) != len(names):
             raise self._mismatch(f"got {len(result)} arrays", f"{len(names)}, for {list(names)}")
         arrays: list[NDArray[Any]] = []
-        for name, array, axis in zip(names, result, self._axes, strict=True):
+        for name, array, axis in zip(names, result, self.axes, strict=True):
             if not isinstance(array, ndarray) or isinstance(array, (np.ma.MaskedArray, np.matrix)):
                 raise self._mismatch(f"input {name!r}: got {_kind(array)}", "a NumPy array (np.asarray makes one)")
             if array.dtype.hasobject or array.dtype.itemsize == 0:
@@ -137,16 +138,16 @@ class ChunkCheck:
             if array.ndim <= axis:
                 raise self._mismatch(f"input {name!r}: got shape {array.shape}", f"rows along axis {axis}")
             arrays.append(array)
-        counts = [array.shape[axis] for array, axis in zip(arrays, self._axes, strict=True)]
+        counts = [array.shape[axis] for array, axis in zip(arrays, self.axes, strict=True)]
         if len(set(counts)) > 1:
             shapes = ", ".join(f"{name}: {array.shape}" for name, array in zip(names, arrays, strict=True))
-            axes = self._axes[0] if len(set(self._axes)) == 1 else list(self._axes)
+            axes = self.axes[0] if len(set(self.axes)) == 1 else list(self.axes)
             raise self._mismatch(f"got unequal numbers of rows, {shapes}", f"as many in each along axis {axes}")
         if request is not None and counts[0] != len(request.rows):
             raise self._mismatch(f"got {counts[0]} rows", f"exactly the {len(request.rows)} that were asked for")
         found = [
             ArraySpec(array.shape[:axis] + array.shape[axis + 1 :], array.dtype)
-            for array, axis in zip(arrays, self._axes, strict=True)
+            for array, axis in zip(arrays, self.axes, strict=True)
         ]
         if book.specs is not None or counts[0]:
             specs = book.specs or book.learn(found)
@@ -164,7 +165,7 @@ class ChunkCheck:
         if not self._layouts or len(self._layouts[0][1]) >= MAX_KNOWN_SHAPES:
             self._layouts = tuple((spec.dtype, {}) for spec in specs)
             self.row_nbytes = sum(spec.row_nbytes for spec in specs)
-        for spec, axis, (_, known) in zip(specs, self._axes, self._layouts, strict=True):
+        for spec, axis, (_, known) in zip(specs, self.axes, self._layouts, strict=True):
             known[spec.batch_shape(rows, axis)] = rows
 
     def _mismatch(self, got: str, wanted: str) -> SpecMismatch:

@@ -12,7 +12,8 @@ from input_workers.contracts import Chunk, FetchFunction, FetchRequest
 from input_workers.errors import EndOfData, Failure, FetchFailed, describe
 from input_workers.fetchers.chunk_check import ChunkCheck
 from input_workers.fetchers.ownership import owned
-from input_workers.metrics.recorder import SAMPLES_BEFORE_FOLDING, FetcherRecorder
+from input_workers.fetchers.recovery import Attempt, Recovery, keep_rows
+from input_workers.metrics.recorder import SAMPLES_BEFORE_FOLDING, Abandoned, FetcherRecorder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,10 +39,13 @@ class FunctionCalls:
 
 
 class StreamCalls(Protocol):
-    """Calls of a source's `fetch`, dealt to the fetchers request by request: see `sources.stream.StreamCalls`."""
+    """Calls of a source's `fetch`, dealt to the fetchers request by request: see `sources.stream_calls`."""
 
     def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest]:
         """Make the next call; return its result and the request. Raises EndOfData after the last."""
+
+    def fetch(self, request: FetchRequest) -> Any:
+        """Make the call for a request, or for a part of one."""
 
 
 class Chunks(Protocol):
@@ -88,6 +92,8 @@ def fetch_failure(source: str, recorder: FetcherRecorder, error: BaseException) 
     if recorder.request is not None:
         where += f", request {recorder.request.index}"
         notes.append(f"request: {recorder.request.index} (epoch {recorder.request.epoch})")
+    if isinstance(error, FetchFailed) and error.__cause__ is not None:  # too much was skipped: the last error is the cause
+        return Failure(FetchFailed, f"{error}: {describe(error.__cause__)}", error.__cause__, notes)
     return Failure(FetchFailed, f"{where}: {describe(error)}", error, notes)
 
 
@@ -98,8 +104,11 @@ def fetch_loop(
     chunks: Chunks,
     recorder: FetcherRecorder,
     idle: Callable[[float], object],
-    fail: Callable[[Failure], object],
+    fail: Callable[[Failure, FetchRequest | None], object],
     copy: Callable[[NDArray[Any]], NDArray[Any]],
+    recovery: Recovery | None = None,
+    interrupted: tuple[Attempt, BaseException] | None = None,
+    nothing_left: Callable[[FetchRequest], object] = lambda request: None,  # noqa: ARG005
 ) -> bool:
     """Fetch until the data end, the queue closes or something is raised, in the fetcher's own thread.
 
@@ -113,8 +122,11 @@ def fetch_loop(
         chunks: where the chunks go.
         recorder: of this fetcher.
         idle: waits so many seconds when there is no data now, or less when the queue closes.
-        fail: told the failure; called at most once.
+        fail: told the failure and the request that failed; called at most once.
         copy: copies an array that somebody else can reach.
+        recovery: from calls that fail; None: the first failure is the end.
+        interrupted: what another fetcher was at, and why it did not come to an end.
+        nothing_left: told a request all of whose rows were skipped.
     """
     back_off: BackOff | None = None
     function = calls.function if isinstance(calls, FunctionCalls) else None
@@ -124,22 +136,55 @@ def fetch_loop(
     durations = recorder.calls
     samples = durations.samples
     clock, rows_of, offer, pack = time.monotonic, check.rows_of, chunks.offer, chunks.pack
+    can_be_abandoned = recovery is not None and recovery.abandons
+    attempt: Attempt | None = None
     recorder.alive = True
-    now = clock()
     try:
+        if interrupted is not None:
+            recorder.attempt, cause = interrupted
+            recorder.attempt.failed(cause, recorder)
+            attempt = recorder.attempt
+        now = clock()
         while not chunks.closed:
             recorder.call_started = now
-            if function is not None:
-                result = function(worker_id, calls.batch_size)  # type: ignore[union-attr]
-            else:
-                result, request = calls.next(recorder)  # type: ignore[union-attr]
+            try:
+                if attempt is not None:
+                    result, request = attempt.run(check, recorder, lambda: not chunks.closed), attempt.request
+                elif function is not None:
+                    result = function(worker_id, calls.batch_size)  # type: ignore[union-attr]
+                else:
+                    result, request = calls.next(recorder)  # type: ignore[union-attr]
+            except Exception as error:
+                recorder.end_call()
+                if recovery is None or attempt is not None or isinstance(error, EndOfData):
+                    raise
+                attempt = recorder.attempt = Attempt(recovery, recorder.request, again(calls, worker_id))
+                attempt.failed(error, recorder)
+                now = clock()
+                continue
             started, now = now, clock()
+            if can_be_abandoned:
+                recorder.end_call()
             # One look at the clock a call: what lies between two calls is shorter than it is worth to measure.
             samples.append(now - started)
             if len(samples) >= SAMPLES_BEFORE_FOLDING:
                 durations.fold()
                 samples = durations.samples
-            rows = rows_of(result, request)
+            if attempt is not None:
+                attempt = recorder.attempt = None
+                if request is not None:  # its rows were checked one group after the other
+                    if result is None:
+                        break
+                    rows = result[0].shape[check.axes[0]] if result else 0
+                    if not rows:
+                        nothing_left(request)
+                        continue
+                else:
+                    rows = rows_of(result, request)
+            else:
+                rows = rows_of(result, request)
+                if request is not None and request.kept is not None:
+                    result, rows = keep_rows(result, request.kept, check.axes), len(request.kept)
             if not rows:
                 recorder.call_started = math.inf
                 back_off = back_off or BackOff(source, recorder.worker_id)
@@ -168,10 +213,21 @@ def fetch_loop(
             del chunk
     except EndOfData:
         return True
+    except Abandoned:
+        pass
     except BaseException as error:  # SystemExit too: it would end this thread in silence, and the trainer would wait
-        recorder.count_error(type(error).__name__)
-        fail(fetch_failure(source, recorder, error))
+        counted = error.__cause__ if isinstance(error, FetchFailed) and error.__cause__ is not None else error
+        recorder.count_error(type(counted).__name__)
+        fail(fetch_failure(source, recorder, error), recorder.request)
     finally:
         recorder.call_started = math.inf
         recorder.alive = False
     return False
+
+
+def again(calls: FunctionCalls | StreamCalls, worker_id: int) -> Callable[[FetchRequest | None], Any]:
+    """Return what makes a call once more: for a request, or of a plain function for None."""
+    if isinstance(calls, FunctionCalls):
+        return lambda _: calls.function(worker_id, calls.batch_size)
+    fetch = calls.fetch
+    return lambda request: fetch(request) if request is not None else None

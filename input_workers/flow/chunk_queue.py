@@ -9,22 +9,18 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from input_workers.contracts import Chunk
+from input_workers.flow.packed_rows import PackedRows
+from input_workers.flow.turns import Turns, is_end_mark, ordinal_of
 from input_workers.lifecycle import WakeUp
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["ChunkQueue"]
-
-# Rows of packed small chunks that are handed over as one: enough that it costs nothing a row, and few enough that the
-# fetchers, whose room comes back when all are copied, need not wait for it.
-BLOCK_ROWS = 128
 
 # Waking a fetcher costs a hand-over of some 20 us. At high rates, doing so for each batch would take a tenth of the time;
 # at low ones, a fetcher that waits while there is room is lost. So: not more often than this, unless the queue runs low.
@@ -34,11 +30,10 @@ ADMIT_INTERVAL_SECONDS = 0.004
 class _Waiter:
     """A chunk at the door. `gate` is opened once, when `accepted` is decided."""
 
-    __slots__ = ("accepted", "chunk", "gate", "spent", "turn")
+    __slots__ = ("accepted", "chunk", "gate", "spent")
 
-    def __init__(self, chunk: Chunk, turn: int) -> None:
+    def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
-        self.turn = turn  # the epoch that it waits for
         self.accepted = False
         self.spent: list[Any] = []
         self.gate = threading.Lock()
@@ -46,15 +41,20 @@ class _Waiter:
 
 
 class ChunkQueue:
-    """Closable, weighed, first in first out. Any number of putters, one taker.
+    """Closable, weighed, first in first out, or in the order of the requests. Any number of putters, one taker.
+
+    In order: a chunk that comes before its turn is parked, charged to the bounds; the one whose turn it is always enters,
+    so that a slow request holds back what the bounds allow, and no more.
 
     Args:
         max_weight: bound on waiting rows (chunks where `by_rows` is False). One chunk larger than that passes alone.
         max_nbytes: bound on waiting bytes, or None.
         wake: gets a token when the taker, having found too little, should look again.
         by_rows: whether a chunk weighs its rows or 1.
-        requests_per_epoch: keep epochs apart: chunks of the next epoch wait at the door until this many of the
-            current one entered; then an end mark, a chunk of 0 rows, follows them.
+        ordered: chunks leave in the order of their requests' ordinals.
+        requests_in: keep epochs apart: chunks of the next epoch wait until so many of the current one entered; then an
+            end mark, a chunk of 0 rows, follows them.
+        first_epoch: the epoch of the first request.
         pack_below_nbytes: smaller chunks may be given to `pack`.
 
     Attributes:
@@ -74,7 +74,9 @@ class ChunkQueue:
         wake: WakeUp,
         *,
         by_rows: bool = True,
-        requests_per_epoch: int | None = None,
+        ordered: bool = False,
+        requests_in: Callable[[int], int] | None = None,
+        first_epoch: int = 0,
         pack_below_nbytes: int = 0,
     ) -> None:
         self.max_weight = max_weight
@@ -82,12 +84,10 @@ class ChunkQueue:
         self._max_nbytes = math.inf if max_nbytes is None else max_nbytes
         self._wake = wake
         self._by_rows = by_rows
-        self._requests_per_epoch = requests_per_epoch
+        self._turns = Turns(ordered, requests_in, first_epoch)
         self._lock = threading.Lock()
         self._chunks: list[Chunk] = []
-        self._packed: list[bytes] = []  # the first input's, the second's, ..., of one chunk after the other
-        self._packed_like: Sequence[NDArray[Any]] = ()
-        self._packed_rows = 0
+        self._packed = PackedRows()
         self._door: list[_Waiter] = []
         self._admitted = 0.0  # when a release last let somebody in
         self._spent: list[Any] = []  # chunks that were copied and not yet freed
@@ -99,10 +99,11 @@ class ChunkQueue:
         self._wake_at: float = math.inf  # the taker sleeps until this much weight is charged
         self.closed = False
         self._aborted = False
-        self._open = requests_per_epoch is None
-        self._epoch = 0
-        self._entered = 0  # requests of this epoch that entered
-        self._epoch_ended = False  # an end mark waits
+        self._open = not self._turns.matter
+        self._parked_weight = 0
+        self._barrier: tuple[int, Callable[[], object]] | None = None
+        self._chunks += self._turns.end_marks()
+        self._epoch_ended = bool(self._chunks)  # an end mark waits
 
     def offer(self, chunk: Chunk) -> bool:
         """Put the chunk if there is room at once and nobody waits; the cheap half of putting."""
@@ -112,7 +113,7 @@ class ChunkQueue:
             nbytes = self._nbytes + chunk[2]
             if weight > self.max_weight or nbytes > self._max_nbytes or not self._open:
                 return False
-            if self._packed_rows:
+            if self._packed.rows:
                 self._seal()
             self._chunks.append(chunk)
             self._weight = weight
@@ -136,13 +137,9 @@ class ChunkQueue:
             weight = self._weight + rows
             if weight > self.max_weight or self._nbytes + nbytes > self._max_nbytes or not self._open:
                 return False
-            if not 0 < self._packed_rows < BLOCK_ROWS:
+            if self._packed.is_full():
                 self._seal()
-                self._packed_like = [array[:0] for array in arrays]
-            append = self._packed.append
-            for array in arrays:
-                append(array.tobytes())  # half the price of assigning to a slice of an array
-            self._packed_rows += rows
+            self._packed.add(arrays, rows)
             self._weight = weight
             self._nbytes += nbytes
             wake = weight >= self._wake_at
@@ -154,11 +151,13 @@ class ChunkQueue:
         return True
 
     def put(self, chunk: Chunk) -> bool:
-        """Put the chunk, waiting for room; False: the queue was closed and did not take it."""
-        request = chunk[3]
-        waiter = _Waiter(chunk, request.epoch if request is not None and self._requests_per_epoch is not None else 0)
+        """Put the chunk, waiting for room; False: the queue was closed and did not take it.
+
+        Where requests have their turn, one that has no rows at all is put too, as a chunk of 0 rows.
+        """
+        waiter = _Waiter(chunk)
         with self._lock:
-            if self.closed:
+            if self.closed or self._is_behind_barrier(chunk):
                 return False
             waiter.spent = self._reclaim()
             self._door.append(waiter)
@@ -170,8 +169,35 @@ class ChunkQueue:
         if wake:
             self._wake.put(None)
         waiter.spent.clear()
+        self._break_at_barrier()
         waiter.gate.acquire()
         return waiter.accepted
+
+    def put_barrier(self, ordinal: int, reached: Callable[[], object]) -> None:
+        """Take nothing from this request on; call `reached`, once, when all before it have entered. The first one counts."""
+        with self._lock:
+            if self._barrier is None or ordinal < self._barrier[0]:
+                self._barrier = ordinal, reached
+                behind = [waiter for waiter in self._door if self._is_behind_barrier(waiter.chunk)]
+                self._door = [waiter for waiter in self._door if waiter not in behind]
+                for waiter in behind:
+                    waiter.gate.release()
+        self._break_at_barrier()
+
+    def _is_behind_barrier(self, chunk: Chunk) -> bool:
+        return self._barrier is not None and ordinal_of(chunk) >= self._barrier[0]
+
+    def _break_at_barrier(self) -> None:
+        """Call what the barrier is for, outside the lock, if it is reached."""
+        if self._barrier is None:
+            return
+        with self._lock:
+            ordinal, reached = self._barrier
+            due = self._turns.next >= ordinal
+            if due:
+                self._barrier = ordinal, _do_nothing
+        if due:
+            reached()
 
     def take(self, wanted: int) -> list[Chunk]:
         """Return all waiting chunks; nothing if they weigh less than `wanted`, and then a token follows when they do.
@@ -183,15 +209,16 @@ class ChunkQueue:
             if self._door and not self._chunks:
                 self._admit()
             self._wake_at = self._taken + wanted
-            if (self._chunks or self._packed_rows) and (self._door or self.closed or self._is_enough()):
+            if (self._chunks or self._packed.rows) and (self._door or self.closed or self._is_enough()):
                 self._wake_at = math.inf
                 self._seal()
                 chunks, self._chunks = self._chunks, []
-                self._taken = self._weight
+                self._taken = self._weight - self._parked_weight
                 self._epoch_ended = False
             else:
                 chunks = []
         del left
+        self._break_at_barrier()
         return chunks
 
     def release(self, chunks: list[Any], rows: int, nbytes: int) -> None:
@@ -212,6 +239,7 @@ class ChunkQueue:
                     self._door[0].spent = self._reclaim()
                     self._admit()
         del left
+        self._break_at_barrier()
 
     def close(self) -> None:
         """Take no more chunks; those that wait can still be taken. Those at the door are refused."""
@@ -224,7 +252,7 @@ class ChunkQueue:
         with self._lock:
             self._refuse()
             self._seal()
-            rows = sum(chunk[1] for chunk in self._chunks)
+            rows = sum(chunk[1] for chunk in (*self._chunks, *self._turns.give_up()))
             self._chunks = []
             self._aborted = True
         self._wake.put(None)
@@ -234,7 +262,7 @@ class ChunkQueue:
     def drained(self) -> bool:
         """Whether it is closed and every chunk was taken."""
         with self._lock:
-            return self.closed and not self._chunks and not self._packed_rows
+            return self.closed and not self._chunks and not self._packed.rows
 
     @property
     def charged(self) -> tuple[int, int]:
@@ -254,22 +282,13 @@ class ChunkQueue:
         return spent
 
     def _is_enough(self) -> bool:
-        return self._weight >= self._wake_at or self._epoch_ended
+        return self._weight - self._parked_weight >= self._wake_at or self._epoch_ended
 
     def _seal(self) -> None:
         """Make the packed rows a chunk."""
-        rows = self._packed_rows
-        if rows:
-            arrays = []
-            nbytes = 0
-            for index, like in enumerate(self._packed_like):
-                block = bytearray().join(self._packed[index :: len(self._packed_like)])
-                nbytes += len(block)
-                shape = (rows, *like.shape[1:])
-                # An empty block: rows without values.
-                arrays.append(np.frombuffer(block, like.dtype).reshape(shape) if block else np.empty(shape, like.dtype))
-            self._chunks.append((arrays, rows, nbytes, None))
-            self._packed, self._packed_like, self._packed_rows = [], (), 0
+        block = self._packed.take()
+        if block is not None:
+            self._chunks.append(block)
 
     def _refuse(self) -> None:
         self.closed = True
@@ -279,29 +298,45 @@ class ChunkQueue:
         self._door = []
 
     def _admit(self) -> None:
-        """Let in, in the order of arrival, whoever's turn it is, until one does not fit."""
+        """Let in whoever may enter: in the order of arrival until one does not fit, or of the requests."""
+        turns = self._turns
         index = 0
         while index < len(self._door):
             waiter = self._door[index]
-            if waiter.turn > self._epoch:
-                index += 1
-                continue
-            weight = self._weight + (waiter.chunk[1] if self._by_rows else 1)
-            nbytes = self._nbytes + waiter.chunk[2]
-            if self._weight and (weight > self.max_weight or nbytes > self._max_nbytes):
+            chunk = waiter.chunk
+            is_next = turns.is_next(chunk)
+            weight = self._weight_of(chunk)
+            fits = self._weight + weight <= self.max_weight and self._nbytes + chunk[2] <= self._max_nbytes
+            if turns.ordered:
+                enters = is_next or fits or not self._weight
+            elif is_next and self._weight and not fits:
                 break
+            else:
+                enters = is_next
+            if not enters:
+                index += 1  # one whose turn it is may stand behind it
+                continue
             self._seal()
             del self._door[index]
-            self._chunks.append(waiter.chunk)
-            self._weight = weight
-            self._nbytes = nbytes
+            self._weight += weight
+            self._nbytes += chunk[2]
             waiter.accepted = True
             waiter.gate.release()
-            self._entered += 1
-            if self._entered == self._requests_per_epoch:
-                self._chunks.append(((), 0, 0, waiter.chunk[3]))
-                self._epoch_ended = True
-                self._epoch += 1
-                self._entered = 0
-                index = 0  # the next epoch's turn: those that were passed over
-        self._open = not self._door and not self.closed and self._requests_per_epoch is None
+            if is_next:
+                entered = turns.enter(chunk)
+                self._chunks += entered
+                self._parked_weight -= sum(map(self._weight_of, entered)) - weight
+                self._epoch_ended = self._epoch_ended or any(map(is_end_mark, entered))
+                if turns.matter:
+                    index = 0  # those that were passed over may be next now
+            else:
+                turns.park(chunk)
+                self._parked_weight += weight
+        self._open = not self._door and not self.closed and not turns.matter
+
+    def _weight_of(self, chunk: Chunk) -> int:
+        return chunk[1] if self._by_rows else min(chunk[1], 1)
+
+
+def _do_nothing() -> None:
+    pass

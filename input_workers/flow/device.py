@@ -50,6 +50,7 @@ class Device:
         batch_axes: the batch axis of each input.
         on_failure: told when a batch cannot be received, with its rows, unless a stop has accounted for them.
         keep_slots: free slots that are kept for the next batches.
+        number: of the device among those of its source, from 0.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Device:
         batch_axes: Sequence[int],
         on_failure: Callable[[Failure, int], None],
         keep_slots: int,
+        number: int = 0,
     ) -> None:
         self.name = name
+        self.number = number
         self.queue = queue
         self.target = target
         self._make_batch = make_batch
@@ -80,7 +83,7 @@ class Device:
     def send(self, target: Target, slot: Slot) -> bool:
         """Move the slot to the device and queue it; False: the device was stopped. There must be room."""
         ticket = target.feed.send(slot)
-        return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch))
+        return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch, slot.parts))
 
     def next_batch(self, timeout_s: float) -> Any:
         """Return the next batch.
@@ -93,9 +96,12 @@ class Device:
         """
         if self._interrupted:
             try:
-                return self._interrupted.pop(0)
+                batch = self._interrupted.pop(0)
             except IndexError:  # another thread was faster
                 pass
+            else:
+                self.queue.log.taken_back -= 1
+                return batch
         queued = self.queue.get(timeout_s, self.name)
         batch = None
         try:
@@ -117,6 +123,7 @@ class Device:
         except BaseException:  # Ctrl-C: the batch is the next one again, or was just counted, and is kept for the next call
             if not self.queue.put_back(queued) and batch is not None:
                 self._interrupted.append(batch)
+                self.queue.log.taken_back += 1
             raise
         raise EndOfData(f"{self.name}: end of epoch {queued.epoch}")
 

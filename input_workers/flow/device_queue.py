@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from input_workers.contracts import DeviceFeed
+from input_workers.contracts import DeviceFeed, Part
 from input_workers.errors import WaitTimeout
 from input_workers.lifecycle import WakeUp
 from input_workers.metrics.recorder import DeviceRecorder
+from input_workers.progress import DeliveryLog, Progress
 
 __all__ = ["DeviceQueue", "QueuedBatch"]
 
@@ -23,12 +24,17 @@ class QueuedBatch(NamedTuple):
     rows: int  # real rows; padding is not counted
     slot_rows: int
     epoch: int
+    parts: Sequence[Part] = ()  # of a Stream: what its rows are; of an end mark, what says that it was delivered
 
 
 class DeviceQueue:
     """Closable, first in first out. One putter, any number of getters; thread-safe.
 
     A batch is delivered when `commit` says so. Until then an interrupted getter can put it back, and none is lost.
+
+    Attributes:
+        log: the last deliveries of this queue.
+        progress: where what leaves the log goes; None: nobody asks.
     """
 
     # Invariant under _lock: every batch ever put is in `_batches`, in hand, delivered (counted by the recorder) or
@@ -37,6 +43,8 @@ class DeviceQueue:
     def __init__(self, depth: int, wake: WakeUp, recorder: DeviceRecorder) -> None:
         self.depth = depth
         self.recorder = recorder
+        self.log = DeliveryLog()
+        self.progress: Progress | None = None
         self._wake = wake
         self._lock = threading.Lock()
         self._gates: list[threading.Lock] = []  # of getters that wait; one that has given up may still be among them
@@ -136,11 +144,17 @@ class DeviceQueue:
         with self._lock:
             if self._aborted and self._error is not None:
                 raise self._error()
-            recorder = self.recorder
+            recorder, log = self.recorder, self.log
             is_batch = batch.feed is not None
             rows = batch.rows
+            if self.progress is not None:  # adding twice does no harm, should Ctrl-C come between
+                self.progress.add(log.oldest())
+            entries, index, entry = log.entries, log.count % len(log.entries), (now, batch.parts, is_batch)
             # No call between these lines either.
             del self._in_hand[key]
+            entries[index] = entry
+            log.count += 1
+            log.batches += is_batch
             recorder.rows_delivered += rows
             recorder.batches_delivered += is_batch
             recorder.mark(now)

@@ -19,6 +19,7 @@ from input_workers.flow.device_queue import QueuedBatch
 from input_workers.flow.rechunker import Rechunker, rows_between
 from input_workers.lifecycle import StopSignal, seconds_left
 from input_workers.metrics.recorder import SourceRecorder
+from input_workers.progress import MARKS
 
 __all__ = ["Enqueuer", "LastBatch"]
 
@@ -132,7 +133,8 @@ class Enqueuer:
                 self._settle_remainder()
                 for device in self._devices:
                     self._await_room(device)
-                    device.queue.put(QueuedBatch(None, None, 0, 0, request.epoch if request is not None else 0))
+                    epoch, seen = request.epoch if request is not None else 0, MARKS + device.number
+                    device.queue.put(QueuedBatch(None, None, 0, 0, epoch, [(epoch, seen, seen + 1)]))
 
     def finish(self) -> None:
         """The input has ended: settle the remainder, unless it failed. `put_down` is next."""
@@ -279,7 +281,9 @@ class Enqueuer:
         arrays = [array[rows_between(axis, 0, slot.filled)] for array, axis in zip(slot.arrays, self._batch_axes, strict=True)]
         if any(self._batch_axes):  # then a part of the rows is not contiguous
             arrays = [array.copy() for array in arrays]
-        return Slot(arrays, slot.filled, slot.filled, slot.epoch)
+        short = Slot(arrays, slot.filled, slot.filled, slot.epoch)
+        short.parts = slot.parts
+        return short
 
     def _pad(self, slot: Slot) -> None:
         for array, axis in zip(slot.arrays, self._batch_axes, strict=True):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from input_workers.contracts import Chunk, FetchRequest, Slot
+from input_workers.contracts import Chunk, FetchRequest, Part, Slot
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,7 +71,10 @@ class Rechunker:
             return None
         self._done += rows
         self._forget(1)
-        return Slot(arrays, chunk_rows, chunk_rows, _epoch_of(request))
+        slot = Slot(arrays, chunk_rows, chunk_rows, _epoch_of(request))
+        if request is not None:
+            slot.parts.append((request.epoch, request.offset(0), request.offset(rows)))
+        return slot
 
     def fill(self, slot: Slot) -> tuple[list[Chunk], int]:
         """Copy held rows into the slot behind those it has, until it is full or none is held.
@@ -100,8 +103,24 @@ class Rechunker:
             # One call per input and batch: a third of the cost of assigning slices one by one.
             np.concatenate(pieces, axis, out=target, casting="no")
         slot.filled = end
+        if held[0][3] is not None:
+            self._note_parts(slot.parts, whole, stop)
         self._done = stop
         return self._forget(whole)
+
+    def _note_parts(self, parts: list[Part], whole: int, stop: int) -> None:
+        """Add what the rows up to `stop` are: so many whole chunks, and the beginning of the next."""
+        begin = self._begin
+        for (_, rows, _, request), end in zip(self._held[: whole + 1], self._ends, strict=False):
+            assert request is not None  # noqa: S101  all chunks of a source are of requests, or none is
+            first, last = max(self._done - begin, 0), min(rows, stop - begin)
+            begin = end
+            if first < last:
+                epoch, at, until = request.epoch, request.offset(first), request.offset(last)
+                if parts and parts[-1][2] == at and parts[-1][0] == epoch:
+                    parts[-1] = epoch, parts[-1][1], until
+                else:
+                    parts.append((epoch, at, until))
 
     def _forget(self, count: int) -> tuple[list[Chunk], int]:
         """Let go of the first `count` chunks, which were copied whole; return them and their rows."""

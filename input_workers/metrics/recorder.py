@@ -12,12 +12,22 @@ import math
 import threading
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from input_workers.contracts import FetchRequest
 
-__all__ = ["BUCKETS_SECONDS", "DROP_REASONS", "DeviceRecorder", "FetcherRecorder", "Histogram", "SourceRecorder", "waited"]
+__all__ = [
+    "BUCKETS_SECONDS",
+    "DROP_REASONS",
+    "Abandoned",
+    "DeviceRecorder", 
+    "FetcherRecorder",
+    "Histogram",
+    "SourceRecorder",
+    "waited",
+]
 
 # Upper bounds, in seconds: from a call that only slices an array to one that waits for a far disk.
 BUCKETS_SECONDS = (
@@ -101,6 +111,10 @@ def waited(wait: tuple[float, float], now: float) -> float:
     return ended if since == math.inf else ended + max(0.0, now - since)
 
 
+class Abandoned(BaseException):
+    """Ends a fetcher whose call took too long and was given to another. No Exception: nobody recovers from it."""
+
+
 class FetcherRecorder:
     """What one fetcher did. Written by that fetcher alone.
 
@@ -113,14 +127,21 @@ class FetcherRecorder:
         request: what is being fetched, or None.
         calls: durations of the calls.
         alive: the fetcher has begun and not ended.
+        attempt: what is fetched in place of a call that failed.
+        abandoned: its call took too long, and what it returns is discarded.
     """
 
+    # Invariant under _claim: a call that `abandon` has taken away never ends; one that has ended is not taken away.
+
     __slots__ = (
-        "alive", "blocked", "call_started", "calls", "errors", "request", "rows", "stopped_rows",
-        "worker_id",
+        "_claim", "abandoned", "alive", "attempt", "blocked", "call_started", "calls", "errors", "request", "rows",
+        "stopped_rows", "worker_id",
     )  # fmt: skip
 
     def __init__(self, worker_id: int) -> None:
+        self._claim = threading.Lock()
+        self.abandoned = False
+        self.attempt: Any = None
         self.worker_id = worker_id
         self.rows = 0
         self.stopped_rows = 0
@@ -130,6 +151,21 @@ class FetcherRecorder:
         self.calls = Histogram()
         self.errors: dict[str, int] = {}
         self.alive = False
+
+    def end_call(self) -> None:
+        """A call has returned or raised. Raises Abandoned if nobody waits for it any more."""
+        with self._claim:
+            if self.abandoned:
+                raise Abandoned
+            self.call_started = math.inf
+
+    def abandon(self, overdue_since: float) -> bool:
+        """Take the running call away from the fetcher if it was begun before; False: it has ended, or was begun later."""
+        with self._claim:
+            if self.abandoned or self.call_started > overdue_since:
+                return False
+            self.abandoned = True
+            return True
 
     def count_error(self, name: str) -> None:
         """Count a failed call by the name of its error."""
@@ -192,6 +228,7 @@ class SourceRecorder:
         self._fetchers: list[FetcherRecorder] = []
         self._retired = FetcherRecorder.merged([])
         self._dropped = dict.fromkeys(DROP_REASONS, 0)
+        self.restarts = 0  # fetchers that took another's place; written by the one thread that watches them
         self._put_metrics: dict[str, tuple[float, int]] = {}
 
     def fetcher(self, worker_id: int) -> FetcherRecorder:

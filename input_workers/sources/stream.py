@@ -1,21 +1,26 @@
-"""A sized source read in order or shuffled, once or many times: numbered requests come out, and what they fetched."""
+"""A sized source read in order or shuffled, whole or a shard of it, once or many times: positions in, row numbers out."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from input_workers.contracts import FetchRequest, Source
-from input_workers.errors import ConfigError, EndOfData, InputWorkersError
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.errors import ConfigError
+from input_workers.progress import Spans, rows_of, slice_of
+from input_workers.sources.epoch_order import EpochOrder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Stream", "StreamCalls"]
+__all__ = ["Stream", "StreamPlan", "check_whole", "share_of"]
+
+# Epochs whose order is kept: the one being fetched, and its neighbours while some of its requests are unfinished.
+ORDERS_KEPT = 4
 
 
 class Stream:
@@ -23,11 +28,15 @@ class Stream:
 
     Args:
         source: has `__len__` and `fetch(rows, request)`.
-        shuffle: another order each epoch, from the seed alone.
+        shuffle: another order each epoch, from the seed alone. A source with `block_rows` is shuffled by blocks, and
+            then within windows of some blocks.
         seed: of the shuffle and of `request.rng`.
         epochs: how often to go through the source; None: without an end.
-        shard: (index, count): the part of each epoch that this stream reads. Not built yet.
-        rows_per_request: rows of one call of `fetch`; by default the batch size.
+        shard: (index, count): which of `count` equal parts of each epoch to read; the parts of all indices are disjoint.
+            Rows that do not divide follow `last_batch`: "drop" leaves them out, "pad" repeats some, "keep" makes some
+            shards one row longer. "auto": from the environment's RANK and WORLD_SIZE; then unequal numbers of batches
+            are refused.
+        rows_per_request: rows of one call of `fetch`; by default the batch size, or what a loaded state says.
         epoch_end: "run_on": batches cross the end of an epoch; "break": each epoch ends as `last_batch` says, and so
             does the `for` over it.
 
@@ -49,88 +58,168 @@ class Stream:
             raise ConfigError(f"Stream: {type(source).__qualname__} has no __len__ and fetch(rows, request)")
         if len(source) < 1:
             raise ConfigError(f"Stream: the {type(source).__qualname__} has no rows")
-        for name, value, least in (("seed", seed, 0), ("epochs", epochs, 1), ("rows_per_request", rows_per_request, 1)):
-            optional = name != "seed" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least):
-                raise ConfigError(f"Stream: {name}: got {value!r}; wanted a whole number of at least {least}")
-        if shard != (0, 1):
-            raise ConfigError(f"Stream: shard={shard!r} is not built yet; wanted (0, 1)")
+        if not isinstance(shuffle, (bool, np.bool_)):
+            raise ConfigError(f"Stream: shuffle: got {shuffle!r}; wanted True or False")
+        check_whole("Stream: seed", seed, 0)
+        if epochs is not None:
+            check_whole("Stream: epochs", epochs, 1)
+        if rows_per_request is not None:
+            check_whole("Stream: rows_per_request", rows_per_request, 1)
         if epoch_end not in ("run_on", "break"):
             raise ConfigError(f"Stream: epoch_end: got {epoch_end!r}; wanted 'run_on' or 'break'")
         self.source = source
         self.shuffle = bool(shuffle)
         self.seed = int(seed)
         self.epochs = epochs
+        self.equal_shards = shard == "auto"
+        self.shard = _shard(shard)
         self.rows_per_request = rows_per_request
         self.epoch_end = epoch_end
+        self.block_rows = getattr(source, "block_rows", None) if self.shuffle else None
+        if self.block_rows is not None:
+            check_whole(f"Stream: block_rows of the {type(source).__qualname__}", self.block_rows, 1)
 
-    def requests_per_epoch(self, rows_per_request: int) -> int:
-        """Return how many requests one epoch takes."""
-        return -(-len(self.source) // rows_per_request)
+    def plan(self, last_batch: str, batch_axes: Sequence[int], left: Mapping[int, Spans] | None = None) -> StreamPlan:
+        """Return which rows are where.
 
-    def epoch_rows(self, epoch: int) -> NDArray[np.int64]:
-        """Return the row numbers of an epoch in their order."""
-        order = np.arange(len(self.source), dtype=np.int64)
-        if self.shuffle:
-            np.random.default_rng((self.seed, epoch)).shuffle(order)
-        order.flags.writeable = False
-        return order
+        Args:
+            last_batch: says what becomes of rows that do not divide among the shards.
+            batch_axes: the batch axis of each input.
+            left: spans of positions of the whole epoch instead of this shard's: what a changed number of shards left.
+        """
+        return StreamPlan(self, last_batch, left or {})
+
+    def check(self, last_batch: str, batch_size: int) -> None:
+        """Refuse what cannot work with these settings. Raises ConfigError."""
+        index, count = self.shard
+        rows = len(self.source)
+        shares = [len(share_of(rows, each, count, last_batch)) for each in (0, index, count - 1)]
+        if not min(shares):
+            raise ConfigError(
+                f"Stream: shard={self.shard}: {rows} rows among {count} shards leave some without a row "
+                f"(last_batch={last_batch!r}); wanted at most {rows} shards"
+            )
+        if not self.equal_shards:
+            return
+        often = self.epochs or 1
+        batches = [
+            -(-share // batch_size) if self.epoch_end == "break" else -(-share * often // batch_size) for share in shares
+        ]
+        if len(set(batches)) > 1:
+            raise ConfigError(
+                f"Stream: shard='auto' with last_batch={last_batch!r}: {rows} rows among {count} ranks would give some "
+                f"{max(batches)} batches and some {min(batches)}, and the others would wait for them; wanted last_batch='drop' "
+                "or 'pad'"
+            )
+
+    @property
+    def can_change_shards(self) -> bool:
+        """Whether the states of all shards can be loaded into another number of them."""
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a saved position depends on, as plain data."""
+        return {"rows": len(self.source), "shuffle": self.shuffle, "seed": self.seed, "block_rows": self.block_rows}
 
 
-class StreamCalls:
-    """The requests of one run of a Stream, dealt to its fetchers. Thread-safe.
+class StreamPlan:
+    """Which rows are where in a Stream: an epoch has `epoch_rows` offsets, each of which is a row number. Thread-safe."""
 
-    Args:
-        stream: what to read.
-        batch_size: of the source, where the Stream does not say how many rows a request has.
-        lend: offers memory for so many rows, one array per input, or None.
-    """
+    # Invariant under _lock: `_orders` holds the orders of the epochs asked for last.
 
-    # Invariant under _lock: requests below `_next` were dealt once, but for those in `_again`, which will be again.
-
-    def __init__(self, stream: Stream, batch_size: int, lend: Callable[[int], list[NDArray[Any]] | None]) -> None:
-        self.batch_size = batch_size
-        self.rows_per_request = stream.rows_per_request or batch_size
+    def __init__(self, stream: Stream, last_batch: str, left: Mapping[int, Spans]) -> None:
+        self.epochs = stream.epochs
+        self.share = share_of(len(stream.source), *stream.shard, last_batch)
+        self.regular_rows = len(self.share)
+        self.most_rows = -(-len(stream.source) // stream.shard[1])  # of any shard
+        self.left = dict(left)
         self._stream = stream
-        self._lend = lend
-        self.requests_per_epoch = stream.requests_per_epoch(self.rows_per_request)
         self._lock = threading.Lock()
-        self._next = 0
-        self._again: list[int] = []
-        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._orders: dict[int, EpochOrder] = {}
 
-    def next(self, recorder: FetcherRecorder) -> tuple[Sequence[NDArray[Any]], FetchRequest]:
-        """Fetch the next request's rows. Raises EndOfData after the last epoch, and what the source raises."""
-        request = self._next_request(recorder.worker_id)
-        recorder.request = request
-        request.out = self._lend(len(request.rows))
-        try:
-            return self._stream.source.fetch(request.rows, request), request
-        except EndOfData as error:
-            source = type(self._stream.source).__qualname__
-            raise InputWorkersError(f"{source}.fetch raised EndOfData; a Stream ends by the length of its source") from error
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C in the trainer's own thread: the request is still to be fetched
-            with self._lock:
-                self._again.append(request.index)
-            raise
+    def epoch_rows(self, epoch: int) -> int:
+        """Return how many rows the epoch has."""
+        return rows_of(self.left[epoch]) if epoch in self.left else self.regular_rows
 
-    def _next_request(self, worker_id: int) -> FetchRequest:
-        stream = self._stream
+    def rows(self, epoch: int, begin: int, stop: int) -> NDArray[np.int64]:
+        """Return the row numbers at the offsets begin to stop, read-only int64."""
+        order = self._order(epoch)
+        size = len(self._stream.source)
+        pieces = [
+            order.rows(at % size, at % size + until - at)
+            for first, last in self._positions(epoch, begin, stop)
+            for at, until in _cut_at(first, last, size)
+        ]
+        if len(pieces) == 1:
+            return pieces[0]
+        rows = np.concatenate(pieces)
+        rows.flags.writeable = False
+        return rows
+
+    def _positions(self, epoch: int, begin: int, stop: int) -> Spans:
+        """Return the positions in the order of the whole epoch."""
+        if epoch not in self.left:
+            return [(self.share.start + begin, self.share.start + stop)]
+        return slice_of(self.left[epoch], begin, stop)
+
+    def fetch(self, rows: NDArray[np.int64], request: FetchRequest) -> Sequence[NDArray[Any]]:
+        """Fetch from the source."""
+        return self._stream.source.fetch(rows, request)
+
+    def file_of(self, row: int) -> str | None:
+        """Return what the source calls the file of a row, where it knows."""
+        file_of = getattr(self._stream.source, "file_of", None)
+        return None if file_of is None else str(file_of(row))
+
+    def _order(self, epoch: int) -> EpochOrder:
         with self._lock:
-            if self._again:
-                index = self._again.pop(0)
-            else:
-                index = self._next
-                if stream.epochs is not None and index >= stream.epochs * self.requests_per_epoch:
-                    raise EndOfData
-                self._next += 1
-            epoch, position = divmod(index, self.requests_per_epoch)
-            if epoch not in self._orders:
-                self._orders[epoch] = stream.epoch_rows(epoch)
-                self._orders.pop(epoch - 2, None)  # nobody asks for it again
-            order = self._orders[epoch]
-        begin = position * self.rows_per_request
-        rows = order[begin : begin + self.rows_per_request]
-        return FetchRequest(index, epoch, rows, worker_id=worker_id, batch_size=self.batch_size, seed=stream.seed)
+            order = self._orders.get(epoch)
+            if order is None:
+                stream = self._stream
+                order = EpochOrder(len(stream.source), (stream.seed, epoch), stream.shuffle, stream.block_rows)
+                self._orders[epoch] = order
+                if len(self._orders) > ORDERS_KEPT:
+                    del self._orders[next(iter(self._orders))]
+            return order
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raise ConfigError unless the value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ConfigError(f"{name}: got {value!r}; wanted a whole number of at least {least}")
+
+
+def _shard(shard: Any) -> tuple[int, int]:
+    if shard == "auto":
+        numbers = []
+        for name in ("RANK", "WORLD_SIZE"):
+            text = os.environ.get(name, "")
+            if not text.isdecimal():
+                raise ConfigError(
+                    f"Stream: shard='auto': environment variable {name}: got {text!r}; wanted a whole number, as torchrun "
+                    "sets it, or shard=(index, count)"
+                )
+            numbers.append(int(text))
+        shard = numbers[0], numbers[1]
+    if isinstance(shard, str) or not isinstance(shard, Sequence) or len(shard) != 2:
+        raise ConfigError(f"Stream: shard: got {shard!r}; wanted (index, count) or 'auto'")
+    index, count = shard
+    check_whole("Stream: shard count", count, 1)
+    check_whole("Stream: shard index", index, 0)
+    if index >= count:
+        raise ConfigError(f"Stream: shard: got index {index} of {count} shards; wanted 0 to {count - 1}")
+    return int(index), int(count)
+
+
+def share_of(rows: int, index: int, count: int, last_batch: str) -> range:
+    """Return the positions of the epoch that a shard reads; one at `rows` or beyond repeats that less `rows`."""
+    if last_batch == "keep":
+        return range(rows * index // count, rows * (index + 1) // count)
+    each = rows // count if last_batch == "drop" else -(-rows // count)
+    return range(each * index, each * (index + 1))
+
+
+def _cut_at(begin: int, stop: int, size: int) -> Spans:
+    """Cut begin to stop at the multiples of `size`."""
+    inner = range((begin // size + 1) * size, stop, size)
+    return list(zip([begin, *inner], [*inner, stop], strict=True))

@@ -189,7 +189,7 @@ def test_after_an_abort_nothing_is_charged() -> None:
 
 
 def test_epochs_are_kept_apart_by_a_mark_and_the_next_one_waits_at_the_door() -> None:
-    chunks, wake = new_queue(100, requests_per_epoch=2)
+    chunks, wake = new_queue(100, requests_in=lambda epoch: 2)
     early = waiting(chunks, chunk(3, 10, epoch=1), door=1)
     assert chunks.put(chunk(3, 0, epoch=0))
     first = chunks.take(50)

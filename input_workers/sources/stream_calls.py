@@ -1,0 +1,161 @@
+"""The requests of one run of a Stream, dealt to its fetchers: a position goes in, numbered requests and their rows come out."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from input_workers.contracts import FetchRequest
+from input_workers.errors import EndOfData, InputWorkersError
+from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.progress import Spans, gaps
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Plan", "StreamCalls"]
+
+
+class Plan(Protocol):
+    """Which rows are where: see `stream.StreamPlan` and `mix.MixPlan`. Thread-safe."""
+
+    epochs: int | None
+    most_rows: int
+
+    def epoch_rows(self, epoch: int) -> int:
+        """Return how many rows the epoch has."""
+
+    def rows(self, epoch: int, begin: int, stop: int) -> NDArray[np.int64]:
+        """Return the row numbers at the offsets begin to stop."""
+
+    def fetch(self, rows: NDArray[np.int64], request: FetchRequest) -> Sequence[NDArray[Any]]:
+        """Fetch them."""
+
+    def file_of(self, row: int) -> str | None:
+        """Return where a row is read from, if that is known."""
+
+
+class StreamCalls:
+    """Deals requests and makes their calls. Thread-safe.
+
+    Args:
+        plan: which rows are where.
+        rows_per_request: rows of a request, but for the last of an epoch.
+        batch_size: of the source, a hint for `fetch`.
+        seed: of the requests' random numbers.
+        first: the epoch to begin with.
+        done: spans of offsets that earlier runs delivered, by epoch.
+        lend: offers memory for so many rows, one array per input, or None.
+    """
+
+    # Invariant under _lock: every request before the cursor was dealt once, but for those in `_again`, which will be again.
+    # The cursor is replaced as a whole: (ordinal of the next request, its epoch, numbers of requests to deal in that epoch).
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        rows_per_request: int,
+        batch_size: int,
+        seed: int,
+        first: int,
+        done: Mapping[int, Sequence[tuple[int, int]]],
+        lend: Callable[[int], list[NDArray[Any]] | None],
+    ) -> None:
+        self.batch_size = batch_size
+        self.rows_per_request = rows_per_request
+        self.plan = plan
+        self._seed = seed
+        self._done = {epoch: list(spans) for epoch, spans in done.items()}
+        self._lend = lend
+        self._per_epoch = -(-plan.most_rows // rows_per_request)
+        self._lock = threading.Lock()
+        self._cursor: tuple[int, int, Spans] = (0, first, self._numbers(first))
+        self._again: list[tuple[int, int, int]] = []
+
+    def requests_in(self, epoch: int) -> int:
+        """Return how many requests of the epoch this run makes; without an end for one that is not there."""
+        if self.plan.epochs is not None and epoch >= self.plan.epochs:
+            return sys.maxsize
+        return sum(stop - begin for begin, stop in self._numbers(epoch))
+
+    def next(self, recorder: FetcherRecorder) -> tuple[Sequence[NDArray[Any]], FetchRequest]:
+        """Fetch the next request's rows. Raises EndOfData after the last epoch, and what the source raises."""
+        deal: tuple[int, int, int] | None = None
+        try:
+            deal = self._deal()
+            request = self._request(deal, recorder.worker_id)
+            recorder.request = request
+            return self.fetch(request), request
+        except Exception:
+            raise
+        except BaseException:  # Ctrl-C in the trainer's own thread: the request is still to be fetched
+            if deal is not None:
+                with self._lock:
+                    self._again.append(deal)
+            raise
+
+    def fetch(self, request: FetchRequest) -> Sequence[NDArray[Any]]:
+        """Fetch the request's rows, all of them. Raises what the source raises."""
+        request.out = self._lend(len(request.rows))
+        try:
+            return self.plan.fetch(request.rows, request)
+        except EndOfData as error:
+            raise InputWorkersError(
+                "the source of a Stream raised EndOfData; a Stream ends by the length of its source"
+            ) from error
+
+    def _deal(self) -> tuple[int, int, int]:
+        """Return (ordinal, epoch, number in the epoch) of the next request."""
+        with self._lock:
+            if self._again:
+                return self._again.pop(0)
+            ordinal, epoch, numbers = self._cursor
+            while not numbers:
+                if self.plan.epochs is not None and epoch + 1 >= self.plan.epochs:
+                    raise EndOfData
+                epoch += 1
+                numbers = self._numbers(epoch)
+            number, stop = numbers[0]
+            left = [(number + 1, stop), *numbers[1:]] if number + 1 < stop else numbers[1:]
+            self._cursor = ordinal + 1, epoch, left
+            return ordinal, epoch, number
+
+    def _numbers(self, epoch: int) -> Spans:
+        """Return which requests of an epoch are to be dealt: those that were not delivered whole."""
+        if self.plan.epochs is not None and epoch >= self.plan.epochs:
+            return []
+        rows, each = self.plan.epoch_rows(epoch), self.rows_per_request
+        numbers: Spans = []
+        for begin, stop in gaps(self._done.get(epoch, ()), 0, rows):
+            first, last = begin // each, -(-stop // each)
+            if numbers and first <= numbers[-1][1]:
+                numbers[-1] = numbers[-1][0], last
+            else:
+                numbers.append((first, last))
+        return numbers
+
+    def _request(self, deal: tuple[int, int, int], worker_id: int) -> FetchRequest:
+        ordinal, epoch, number = deal
+        begin = number * self.rows_per_request
+        stop = min(begin + self.rows_per_request, self.plan.epoch_rows(epoch))
+        kept: NDArray[np.int64] | None = None
+        if epoch in self._done:
+            wanted = gaps(self._done[epoch], begin, stop)
+            if wanted != [(begin, stop)]:
+                kept = np.concatenate([np.arange(first - begin, last - begin) for first, last in wanted])
+        return FetchRequest(
+            epoch * self._per_epoch + number,
+            epoch,
+            self.plan.rows(epoch, begin, stop),
+            worker_id=worker_id,
+            batch_size=self.batch_size,
+            seed=self._seed,
+            ordinal=ordinal,
+            begin=begin,
+            kept=kept,
+        )
