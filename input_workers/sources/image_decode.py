@@ -7,7 +7,9 @@ and whether a JPEG may be decoded at a half, a quarter or an eighth of its size.
 from __future__ import annotations
 
 import functools
+import operator
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +19,7 @@ from input_workers.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Header", "decode_into", "load_opencv", "read_header"]
+__all__ = ["Header", "check_image_size", "decode_into", "load_opencv", "read_header"]
 
 JPEG_SIZE_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..15; the three are DHT, JPG and DAC
 # The next marker that has a length after it: not a fill byte, stuffing, TEM, RST0..7 or SOI. What lies between segments
@@ -45,6 +47,23 @@ class Header(NamedTuple):
     animated: bool = False
 
 
+def check_image_size(owner: str, image_size: Sequence[int], max_pixels: int) -> tuple[int, int]:
+    """Return (height, width) of two parameters that every source of images has.
+
+    Raises:
+        ConfigError: `image_size` is not two whole numbers of at least 1, or `max_pixels` not one.
+    """
+    try:
+        height, width = (operator.index(side) for side in image_size)
+    except (TypeError, ValueError):
+        height = width = 0
+    if height < 1 or width < 1:
+        raise ConfigError(f"{owner}: image_size: got {image_size!r}; wanted (height, width), both at least 1")
+    if not isinstance(max_pixels, int) or max_pixels < 1:
+        raise ConfigError(f"{owner}: max_pixels: got {max_pixels!r}; wanted a whole number of at least 1")
+    return height, width
+
+
 @functools.cache
 def load_opencv() -> Any:
     """Return the module `cv2`, imported at the first call.
@@ -56,7 +75,7 @@ def load_opencv() -> Any:
         import cv2
     except ImportError as error:
         raise ConfigError(
-            f"ImageFolder: OpenCV (cv2) cannot be imported ({error}); wanted it: pip install input-workers[images]"
+            f"images: OpenCV (cv2) cannot be imported ({error}); wanted it: pip install input-workers[images]"
         ) from error
     # Of the whole process. The fetchers are the parallel part; a second level of threads below each of them would only
     # compete for the same cores, and a pool that OpenCV started would not survive a fork.

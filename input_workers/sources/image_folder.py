@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import stat
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import numpy as np
 
 from input_workers.contracts import ArraySpec
 from input_workers.errors import BadRows, ConfigError, SpecMismatch
-from input_workers.sources.image_decode import decode_into, load_opencv
+from input_workers.sources.image_decode import check_image_size, decode_into, load_opencv
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -76,14 +75,7 @@ class ImageFolder:
         Raises:
             ConfigError: a parameter is wrong; no such folder, no class or no image in it; OpenCV is not installed.
         """
-        try:
-            height, width = (operator.index(side) for side in image_size)
-        except (TypeError, ValueError):
-            height = width = 0
-        if height < 1 or width < 1:
-            raise ConfigError(f"ImageFolder: image_size: got {image_size!r}; wanted (height, width), both at least 1")
-        if not isinstance(max_pixels, int) or max_pixels < 1:
-            raise ConfigError(f"ImageFolder: max_pixels: got {max_pixels!r}; wanted a whole number of at least 1")
+        self.image_size = check_image_size("ImageFolder", image_size, max_pixels)
         try:
             self.path = os.path.realpath(os.fsdecode(path))
             is_folder = os.path.isdir(self.path)
@@ -92,7 +84,6 @@ class ImageFolder:
         if not is_folder:
             raise ConfigError(f"ImageFolder: path: got {path!r}; wanted an existing folder with one folder per class")
         load_opencv()  # not installed: said here, not by the first fetch
-        self.image_size = (height, width)
         self.max_pixels = max_pixels
         self.class_names, self.files, labels = _list_classes(self.path)
         self.labels: NDArray[np.int64] = labels
@@ -105,6 +96,12 @@ class ImageFolder:
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.files)
+
+    def file_of(self, row: int) -> str:
+        """Return the path of a row's file. Raises IndexError: no such row."""
+        if not 0 <= row < len(self.files):
+            raise IndexError(f"row: got {row}; wanted 0..{len(self.files) - 1}")
+        return os.path.join(self.path, self.files[row])
 
     def fetch(self, rows: NDArray[np.int64], request: FetchRequest) -> list[NDArray[Any]]:
         """Read, decode and resize the pictures of `rows`.
@@ -161,7 +158,7 @@ class ImageFolder:
         return BadRows(
             [row for row, _ in failures],
             # repr: a file name may hold bytes that no log can encode
-            f"row {row}: {os.path.join(self.path, self.files[row])!r} {what}{more}. Replace or remove the file",
+            f"row {row}: {self.file_of(row)!r} {what}{more}. Replace or remove the file",
         )
 
 

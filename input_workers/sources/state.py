@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +15,7 @@ import numpy as np
 
 from input_workers.errors import StateMismatch
 from input_workers.progress import Spans, add_span, gaps, rows_of, slice_of
-from input_workers.sources.stream import Stream, share_of
+from input_workers.sources.stream import Stream, cut_at, share_of
 
 __all__ = ["FORMAT", "Position", "mismatch", "position_of", "state_of"]
 
@@ -40,22 +43,21 @@ class Position:
 
 def state_of(source: str, inputs: Sequence[str], stream: Stream, last_batch: str, position: Position) -> dict[str, Any]:
     """Return the position as plain data that JSON can hold."""
-    state: dict[str, Any] = {
+    return {
         "format": FORMAT,
         "source": source,
         "inputs": list(inputs),
-        "stream": stream.identity(),
+        "stream": stream.identity(last_batch),
         "shard": list(stream.shard),
         "share": list(_share(stream, last_batch)),
         "rows_per_request": position.rows_per_request,
         "numpy": np.__version__,
         "epoch": position.first,
         "done": {str(epoch): [list(span) for span in spans] for epoch, spans in position.done.items()},
+        "left": {
+            str(epoch): [list(span) for span in spans] for epoch, spans in position.left.items() if epoch >= position.first
+        },
     }
-    left = {str(epoch): [list(span) for span in spans] for epoch, spans in position.left.items() if epoch >= position.first}
-    if left:
-        state["left"] = left
-    return state
 
 
 def position_of(state: Any, source: str, inputs: Sequence[str], stream: Stream, last_batch: str) -> Position:
@@ -74,10 +76,10 @@ def position_of(state: Any, source: str, inputs: Sequence[str], stream: Stream, 
     states = list(state) if isinstance(state, (list, tuple)) else [state]
     if not states:
         raise mismatch(source, "state", "an empty list", "a state, or one of each shard")
-    parsed = [_Parsed(each, source, inputs, stream) for each in states]
+    parsed = [_Parsed(each, source, inputs, stream, last_batch) for each in states]
     sizes = {each.rows_per_request for each in parsed}
     if len(sizes) > 1:
-        raise mismatch(source, "rows_per_request", sorted(sizes, key=str), "the same in the states of all shards")
+        raise mismatch(source, "rows_per_request", sorted(sizes), "the same in the states of all shards")
     numpys = {each.numpy for each in parsed} - {np.__version__}
     if numpys:
         log.warning(
@@ -106,12 +108,14 @@ def mismatch(source: str, name: str, got: object, wanted: object) -> StateMismat
 
 
 MAX_VALUE_CHARS = 200
+# Shards that were saved together are in the same epoch, or nearly.
+MOST_EPOCHS_APART = 10_000
 
 
 class _Parsed:
     """A state whose every field was found to be right for the stream, but for its shard."""
 
-    def __init__(self, state: Any, source: str, inputs: Sequence[str], stream: Stream) -> None:
+    def __init__(self, state: Any, source: str, inputs: Sequence[str], stream: Stream, last_batch: str) -> None:
         if not isinstance(state, Mapping):
             raise mismatch(source, "state", state, "what state_dict() returned")
 
@@ -121,34 +125,40 @@ class _Parsed:
                 raise mismatch(source, name, value, wanted)
             return value
 
-        need("format", lambda value: value == FORMAT, f"{FORMAT}, what this version of input_workers writes")
+        need("format", lambda value: _is_whole(value) and value == FORMAT, f"{FORMAT}, what this version of input_workers writes")
         need("source", lambda value: value == source, repr(source))
         need("inputs", lambda value: value == list(inputs), list(inputs))
         identity = need("stream", lambda value: isinstance(value, Mapping), "what the Stream depends on")
-        _compare(source, "stream", identity, json.loads(json.dumps(stream.identity())))
+        _compare(source, "stream", identity, json.loads(json.dumps(stream.identity(last_batch))))
         index, count = need("shard", _is_shard, "[index, count]")
         self.shard: tuple[int, int] = (index, count)
         start, stop = need("share", lambda value: _is_spans([value]), "[begin, stop]")
         self.share: tuple[int, int] = (start, stop)
         self.numpy = need("numpy", lambda value: isinstance(value, str), "NumPy's version")
-        size = need("rows_per_request", lambda value: value is None or (_is_whole(value) and value > 0), "a whole number")
-        if None not in (stream.rows_per_request, size) and stream.rows_per_request != size:
+        size = need("rows_per_request", lambda value: _is_whole(value) and value > 0, "a whole number of at least 1")
+        if stream.rows_per_request not in (None, size):
             raise mismatch(
                 source, "rows_per_request", size, f"{stream.rows_per_request}, as the Stream says, or leave it out there"
             )
-        self.rows_per_request: int | None = size
+        self.rows_per_request: int = size
         first = need("epoch", _is_whole, "a whole number")
         if stream.epochs is not None and first > stream.epochs:
             raise mismatch(source, "epoch", first, f"at most {stream.epochs}, the epochs of the Stream")
         done = need("done", _is_spans_by_epoch, "spans of offsets by epoch")
-        left = state.get("left", {})
-        if not _is_spans_by_epoch(left):
-            raise mismatch(source, "left", left, "spans of positions by epoch")
+        left = need("left", _is_spans_by_epoch, "spans of positions by epoch")
         self.position = Position(first, _spans(done), _spans(left), size)
+        last = sys.maxsize if stream.epochs is None else stream.epochs - 1
+        most = len(stream.source) if stream.can_change_shards else 0
+        for epoch, spans in self.position.left.items():
+            if not first <= epoch <= last or any(until > most for _, until in spans):
+                raise mismatch(source, f"left.{epoch}", spans, f"positions up to {most}, of epochs from {first} to {last}")
+        regular = stop - start if stream.can_change_shards else stream.plan(last_batch, ()).epoch_rows(0)
         for epoch, spans in self.position.done.items():
-            rows = rows_of(self.position.left[epoch]) if epoch in self.position.left else stop - start
-            if epoch < first or (spans and spans[-1][1] > rows):
-                raise mismatch(source, f"done of epoch {epoch}", spans, f"offsets below {rows}, of epochs from {first}")
+            rows = rows_of(self.position.left[epoch]) if epoch in self.position.left else regular
+            ends = [-1, *(end for span in spans for end in span), rows + 1]
+            if not first <= epoch <= last or any(end >= following for end, following in itertools.pairwise(ends)):
+                wanted = f"rising offsets up to {rows}, with gaps, of epochs from {first} to {last}"
+                raise mismatch(source, f"done.{epoch}", spans, wanted)
 
 
 def _compare(source: str, name: str, got: Any, wanted: Any) -> None:
@@ -164,16 +174,22 @@ def _dealt_anew(parsed: Sequence[_Parsed], source: str, stream: Stream, last_bat
     """Deal what a set of shards has left of its unfinished epochs to another number of shards."""
     counts = {each.shard[1] for each in parsed}
     indices = sorted(each.shard[0] for each in parsed)
-    if len(counts) > 1 or indices != list(range(counts.copy().pop())):
+    if len(counts) > 1 or len(indices) != max(counts) or indices != list(range(max(counts))):
         got = [list(each.shard) for each in parsed]
         raise mismatch(source, "shard", got, f"{list(stream.shard)}, or the states of all shards of another number")
     if not stream.can_change_shards:
         raise mismatch(source, "shard", [list(each.shard) for each in parsed], f"{list(stream.shard)}: a Mix keeps its shards")
     rows = len(stream.source)
-    first = min(each.position.first for each in parsed)
-    last = max(max([each.position.first - 1, *each.position.done, *each.position.left]) for each in parsed)
+    wanted = [[_share_of_rows(rows, each.shard, last) for each in parsed] for last in ("drop", "pad", "keep")]
+    if [each.share for each in parsed] not in wanted:
+        raise mismatch(source, "share", [list(each.share) for each in parsed], f"equal parts of {rows} rows, each once")
+    firsts = [each.position.first for each in parsed]
+    first = min(firsts)
+    if max(firsts) - first > MOST_EPOCHS_APART:
+        raise mismatch(source, "epoch", firsts, f"those of shards saved together, within {MOST_EPOCHS_APART}")
+    begun = {epoch for each in parsed for epoch in (*each.position.done, *each.position.left)}
     left: dict[int, Spans] = {}
-    for epoch in range(first, last + 1):
+    for epoch in sorted(begun.union(range(first, max(firsts)))):
         remaining: Spans = []
         for each in parsed:
             position = each.position
@@ -184,18 +200,25 @@ def _dealt_anew(parsed: Sequence[_Parsed], source: str, stream: Stream, last_bat
                 for begin_at, stop_at in slice_of(layout, at, until):
                     add_span(remaining, min(begin_at, rows), min(stop_at, rows))  # what pads an epoch is not dealt again
         total = rows_of(remaining)
-        mine = share_of(total, *stream.shard, last_batch)
-        spans = slice_of(remaining, mine.start, min(mine.stop, total))
-        if mine.stop > total > 0:  # repeat some
-            begin = max(mine.start - total, 0)
-            spans += slice_of(remaining, begin, mine.stop - total)
-        left[epoch] = spans
+        mine = share_of(total, *stream.shard, last_batch) if total else range(0)
+        left[epoch] = [  # beyond the last, the first are repeated
+            span
+            for at, until in cut_at(mine.start, mine.stop, max(total, 1))
+            for span in slice_of(remaining, at % total, at % total + until - at)
+        ] if mine else []
     return Position(first, {}, left, parsed[0].rows_per_request)
 
 
 def _share(stream: Stream, last_batch: str) -> tuple[int, int]:
-    share = share_of(len(stream.source), *stream.shard, last_batch)
+    return _share_of_rows(len(stream.source), stream.shard, last_batch)
+
+
+def _share_of_rows(rows: int, shard: tuple[int, int], last_batch: str) -> tuple[int, int]:
+    share = share_of(rows, *shard, last_batch)
     return share.start, share.stop
+
+
+EPOCH = re.compile("0|[1-9][0-9]{0,99}")
 
 
 def _is_whole(value: Any) -> bool:
@@ -207,7 +230,7 @@ def _is_shard(value: Any) -> bool:
 
 
 def _is_spans_by_epoch(value: Any) -> bool:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key.isdecimal() for key in value):
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and EPOCH.fullmatch(key) for key in value):
         return False
     return all(_is_spans(spans) for spans in value.values())
 

@@ -13,11 +13,12 @@ from input_workers.contracts import FetchRequest, Source
 from input_workers.errors import ConfigError
 from input_workers.progress import Spans, rows_of, slice_of
 from input_workers.sources.epoch_order import EpochOrder
+from input_workers.sources.permutation import MAX_SIZE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Stream", "StreamPlan", "check_whole", "share_of"]
+__all__ = ["Stream", "StreamPlan", "check_whole", "cut_at", "share_of"]
 
 # Epochs whose order is kept: the one being fetched, and its neighbours while some of its requests are unfinished.
 ORDERS_KEPT = 4
@@ -54,10 +55,10 @@ class Stream:
         rows_per_request: int | None = None,
         epoch_end: str = "run_on",
     ) -> None:
-        if not isinstance(source, Source):
-            raise ConfigError(f"Stream: {type(source).__qualname__} has no __len__ and fetch(rows, request)")
-        if len(source) < 1:
-            raise ConfigError(f"Stream: the {type(source).__qualname__} has no rows")
+        if isinstance(source, type) or not isinstance(source, Source):
+            raise ConfigError(f"Stream: got {source!r:.200}; wanted an object with __len__ and fetch(rows, request)")
+        if not 1 <= len(source) <= MAX_SIZE:
+            raise ConfigError(f"Stream: the {type(source).__qualname__} has {len(source)} rows; wanted 1 to 2**62")
         if not isinstance(shuffle, (bool, np.bool_)):
             raise ConfigError(f"Stream: shuffle: got {shuffle!r}; wanted True or False")
         check_whole("Stream: seed", seed, 0)
@@ -65,19 +66,21 @@ class Stream:
             check_whole("Stream: epochs", epochs, 1)
         if rows_per_request is not None:
             check_whole("Stream: rows_per_request", rows_per_request, 1)
-        if epoch_end not in ("run_on", "break"):
+        if not isinstance(epoch_end, str) or epoch_end not in ("run_on", "break"):
             raise ConfigError(f"Stream: epoch_end: got {epoch_end!r}; wanted 'run_on' or 'break'")
         self.source = source
         self.shuffle = bool(shuffle)
         self.seed = int(seed)
-        self.epochs = epochs
-        self.equal_shards = shard == "auto"
+        self.epochs = None if epochs is None else int(epochs)
+        self.equal_shards = isinstance(shard, str) and shard == "auto"
         self.shard = _shard(shard)
-        self.rows_per_request = rows_per_request
+        self.rows_per_request = None if rows_per_request is None else int(rows_per_request)
         self.epoch_end = epoch_end
-        self.block_rows = getattr(source, "block_rows", None) if self.shuffle else None
-        if self.block_rows is not None:
-            check_whole(f"Stream: block_rows of the {type(source).__qualname__}", self.block_rows, 1)
+        self.block_rows: int | None = None
+        block_rows = getattr(source, "block_rows", None) if self.shuffle else None
+        if block_rows is not None:
+            check_whole(f"Stream: block_rows of the {type(source).__qualname__}", block_rows, 1)
+            self.block_rows = int(block_rows)
 
     def plan(self, last_batch: str, batch_axes: Sequence[int], left: Mapping[int, Spans] | None = None) -> StreamPlan:
         """Return which rows are where.
@@ -99,7 +102,7 @@ class Stream:
                 f"Stream: shard={self.shard}: {rows} rows among {count} shards leave some without a row "
                 f"(last_batch={last_batch!r}); wanted at most {rows} shards"
             )
-        if not self.equal_shards:
+        if not self.equal_shards or (self.epochs is None and self.epoch_end == "run_on"):  # then none ever ends
             return
         often = self.epochs or 1
         batches = [
@@ -117,7 +120,7 @@ class Stream:
         """Whether the states of all shards can be loaded into another number of them."""
         return True
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, last_batch: str) -> dict[str, Any]:
         """Return what a saved position depends on, as plain data."""
         return {"rows": len(self.source), "shuffle": self.shuffle, "seed": self.seed, "block_rows": self.block_rows}
 
@@ -148,7 +151,7 @@ class StreamPlan:
         pieces = [
             order.rows(at % size, at % size + until - at)
             for first, last in self._positions(epoch, begin, stop)
-            for at, until in _cut_at(first, last, size)
+            for at, until in cut_at(first, last, size)
         ]
         if len(pieces) == 1:
             return pieces[0]
@@ -189,19 +192,23 @@ def check_whole(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name}: got {value!r}; wanted a whole number of at least {least}")
 
 
+# Of a number in the environment; Python refuses to read one of thousands.
+MAX_DIGITS = 18
+
+
 def _shard(shard: Any) -> tuple[int, int]:
-    if shard == "auto":
+    if isinstance(shard, str) and shard == "auto":
         numbers = []
         for name in ("RANK", "WORLD_SIZE"):
             text = os.environ.get(name, "")
-            if not text.isdecimal():
+            if not text.isdecimal() or len(text) > MAX_DIGITS:
                 raise ConfigError(
                     f"Stream: shard='auto': environment variable {name}: got {text!r}; wanted a whole number, as torchrun "
                     "sets it, or shard=(index, count)"
                 )
             numbers.append(int(text))
         shard = numbers[0], numbers[1]
-    if isinstance(shard, str) or not isinstance(shard, Sequence) or len(shard) != 2:
+    if isinstance(shard, (str, bytes, bytearray)) or not isinstance(shard, Sequence) or len(shard) != 2:
         raise ConfigError(f"Stream: shard: got {shard!r}; wanted (index, count) or 'auto'")
     index, count = shard
     check_whole("Stream: shard count", count, 1)
@@ -219,7 +226,7 @@ def share_of(rows: int, index: int, count: int, last_batch: str) -> range:
     return range(each * index, each * (index + 1))
 
 
-def _cut_at(begin: int, stop: int, size: int) -> Spans:
+def cut_at(begin: int, stop: int, size: int) -> Spans:
     """Cut begin to stop at the multiples of `size`."""
     inner = range((begin // size + 1) * size, stop, size)
     return list(zip([begin, *inner], [*inner, stop], strict=True))

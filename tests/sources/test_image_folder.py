@@ -147,6 +147,15 @@ class TestRowsAndLabels:
         source = ImageFolder(tmp_path, (6, 5))
         assert list(source.specs) == [ArraySpec(array.shape[1:], array.dtype) for array in get(source, 0)]
 
+    def test_the_file_of_a_row_is_named(self, tmp_path):
+        for name in ("cat/1.png", "dog/a/2.png"):
+            write(tmp_path / name, encode("png", smooth(8, 8)))
+        source = ImageFolder(tmp_path)
+        assert [source.file_of(row) for row in (0, 1)] == [f"{source.path}/cat/1.png", f"{source.path}/dog/a/2.png"]
+        for row in (-1, 2):
+            with pytest.raises(IndexError, match=r"wanted 0\.\.1"):
+                source.file_of(row)
+
     def test_an_empty_class_keeps_its_number(self, tmp_path):
         (tmp_path / "ant").mkdir()
         write(tmp_path / "cat" / "x.png", encode("png", smooth(8, 8)))
