@@ -30,7 +30,7 @@ from input_workers.errors import (
     WaitTimeout,
     WorkerDied,
 )
-from input_workers.fetchers import Threads
+from input_workers.fetchers import Processes, Threads
 from input_workers.metrics.snapshot import DeviceStats, SourceStats, StopReport
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
@@ -53,6 +53,7 @@ __all__ = [
     "InputWorkersError",
     "LifecycleError",
     "PlanDoesNotFit",
+    "Processes",
     "QueueClosed",
     "SourceFailed",
     "SourceStats",

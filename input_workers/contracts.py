@@ -104,6 +104,11 @@ class FetchRequest:
             self._rng = np.random.default_rng(self._key)
         return self._rng
 
+    @property
+    def key(self) -> tuple[int, ...]:
+        """What `rng` depends on."""
+        return self._key
+
     def part(self, rows: NDArray[np.int64], *more_key: int, epoch: int | None = None, seed: int | None = None) -> FetchRequest:
         """Return a request for other rows in the name of this one, with random numbers from its beginning.
 
@@ -198,6 +203,9 @@ class FetcherBackend(Protocol):
 
     def has_thread(self, thread: threading.Thread) -> bool:
         """Whether this is one of the fetchers, which then must not wait for its own end."""
+
+    def shut_down(self) -> None:
+        """No more is wanted: have whatever can be ended from here end, without waiting for it. Idempotent."""
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait until the fetchers ended or `time.monotonic()` reached `deadline`; return (name, stack) of the rest."""

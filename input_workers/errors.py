@@ -112,6 +112,9 @@ class BadRows(InputWorkersError):
         self.rows = tuple(int(row) for row in rows)
         super().__init__(message or f"rows {list(self.rows)} cannot be read")
 
+    def __reduce__(self) -> tuple[type[BadRows], tuple[tuple[int, ...], str]]:
+        return type(self), (self.rows, str(self))  # from a worker process it comes pickled
+
 
 def describe(error: BaseException) -> str:
     """Return "TypeName: text" of any exception, however odd: a `__str__` that raises, ten megabytes of text."""

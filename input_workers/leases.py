@@ -8,6 +8,10 @@ makes single calls of a dict and a deque, which nothing can interrupt. (Weak ref
 from __future__ import annotations
 
 import collections
+import itertools
+import mmap
+import os
+import tempfile
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,7 @@ from input_workers.contracts import ArraySpec, Slot
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ALIGNMENT_BYTES", "CopyPool", "SlabPool", "SlotPool"]
+__all__ = ["ALIGNMENT_BYTES", "Block", "BlockPool", "CopyPool", "SlabPool", "SlotPool", "map_block"]
 
 # TensorFlow aborts on DLPack memory that is aligned to less; a cache line, too.
 ALIGNMENT_BYTES = 64
@@ -29,10 +33,10 @@ COPY_SLAB_BYTES = 64 * 1024
 
 
 class _Lease(weakref.ref["NDArray[np.uint8]"]):
-    """Knows when the array that it refers to dies, and which slab comes back then."""
+    """Knows when the array that it refers to dies, and which slab, or block, comes back then."""
 
     __slots__ = ("slab",)
-    slab: memoryview
+    slab: Any
 
 
 class SlabPool:
@@ -117,3 +121,111 @@ class SlotPool:
             for pool, shape, dtype in self._layout
         ]
         return Slot(arrays, self.rows)
+
+
+# Where blocks lie if the system has no anonymous shared memory: in a file without a name, here or in the usual folder.
+BLOCK_FOLDER = "/dev/shm"  # noqa: S108
+
+
+class Block:
+    """Shared memory without a name: whoever is given its descriptor maps it. Nothing is left of it after a crash.
+
+    Attributes:
+        number: unlike that of any other block of this process.
+        descriptor: to be sent to other processes.
+        nbytes: its size.
+        view: the memory, as this process maps it.
+
+    Raises:
+        OSError: there is not so much memory, or no descriptor left. (Memory that is not there would else be found missing
+            at the first write, by a SIGBUS.)
+    """
+
+    __slots__ = ("descriptor", "nbytes", "number", "view")
+    _numbers = itertools.count()
+
+    def __init__(self, nbytes: int) -> None:
+        self.number = next(self._numbers)
+        self.nbytes = nbytes
+        if hasattr(os, "memfd_create"):
+            self.descriptor = os.memfd_create(f"input_workers-{self.number}", os.MFD_CLOEXEC)
+        else:
+            folder = BLOCK_FOLDER if os.path.isdir(BLOCK_FOLDER) else None
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self.descriptor = os.dup(file.fileno())
+        try:
+            os.posix_fallocate(self.descriptor, 0, nbytes)
+            self.view = map_block(self.descriptor, nbytes)
+        except BaseException as error:
+            os.close(self.descriptor)
+            if isinstance(error, OSError):
+                error.add_note(f"shared memory for a chunk of a worker process: wanted {nbytes} bytes")
+            raise
+
+    def close(self) -> None:
+        """Close the descriptor; the memory goes with the last mapping of it."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def map_block(descriptor: int, nbytes: int) -> memoryview:
+    """Return the memory behind a descriptor. It is unmapped when the last view of it dies."""
+    return memoryview(mmap.mmap(descriptor, nbytes))
+
+
+class BlockPool:
+    """Lends out blocks of shared memory, all large enough for the largest chunk yet. Thread-safe.
+
+    A block that comes back is used again: pages that were written before cost no fault. Beyond `keep` free ones it is let
+    go, as are those that have become too small.
+    """
+
+    __slots__ = ("_free", "_is_closed", "_lent", "keep", "nbytes")
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.nbytes = 0
+        self._free: collections.deque[Block] = collections.deque()
+        self._lent: dict[int, _Lease] = {}
+        self._is_closed = False
+
+    def take(self, nbytes: int = 0) -> Block:
+        """Return a block of at least so many bytes, to be leased or given back. Raises OSError."""
+        self.nbytes = max(self.nbytes, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        while True:
+            try:
+                block = self._free.pop()
+            except IndexError:
+                return Block(self.nbytes)
+            if block.nbytes >= self.nbytes:
+                return block
+            block.close()
+
+    def lease(self, block: Block) -> NDArray[np.uint8]:
+        """Return the block's bytes; it comes back when the last view of them has died."""
+        base = np.frombuffer(block.view, np.uint8)
+        lease = _Lease(base, self._lease_ended)
+        lease.slab = block
+        self._lent[id(lease)] = lease
+        return base
+
+    def give_back(self, block: Block) -> None:
+        """Nobody uses the block any more."""
+        if self._is_closed or len(self._free) >= self.keep or block.nbytes < self.nbytes:
+            block.close()
+        else:
+            self._free.append(block)
+
+    def _lease_ended(self, lease: _Lease) -> None:
+        del self._lent[id(lease)]
+        self.give_back(lease.slab)
+
+    def close(self) -> None:
+        """Let go of the free blocks; those that are lent go when they come back."""
+        self._is_closed = True
+        while self._free:
+            try:
+                self._free.pop().close()
+            except IndexError:
+                break

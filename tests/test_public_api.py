@@ -21,7 +21,7 @@ MAX_LINES = 350
 LAYERS: list[set[str]] = [
     {"errors"},
     {"contracts"},
-    {"lifecycle", "leases", "policy", "progress", "config", "metrics.recorder", "metrics.snapshot", "metrics.instruments"},
+    {"lifecycle", "leases", "packed_rows", "policy", "progress", "config", "metrics.recorder", "metrics.snapshot", "metrics.instruments"},
     {"sources", "fetchers", "flow", "feeds"},
     {"coordinator"},
     {"metrics.exporter", "metrics.verdict", "metrics.status_page", "adapters", "staging"},

@@ -8,9 +8,14 @@ from typing import TYPE_CHECKING, Any
 from input_workers.contracts import FetchRequest
 from input_workers.coordinator.settings import SourceSettings
 from input_workers.errors import ConfigError, Failure, describe
+from input_workers.fetchers import Processes, Threads
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
 from input_workers.fetchers.fetch_loop import FunctionCalls, again, fetch_loop
+from input_workers.fetchers.process_child import Job
+from input_workers.fetchers.processes import pickled
 from input_workers.fetchers.recovery import Attempt, Recovery
+from input_workers.fetchers.worker_calls import WorkerCalls
+from input_workers.fetchers.worker_settings import WorkerSettings
 from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.leases import CopyPool, SlotPool
 from input_workers.lifecycle import StopSignal
@@ -111,9 +116,8 @@ class FetchSide:
                 policy,
                 quarantine,
                 drop=lambda rows: recorder.drop("skipped_error", rows),
-                idle=signal.ended.wait,
                 file_of=self._file_of,
-                abandons=policy.skip and settings.fetch_timeout_s is not None,
+                abandons=policy.skip and settings.fetch_timeout_s is not None and isinstance(settings.fetchers, Threads),
             )
 
     def follow(self, logs: list[DeliveryLog]) -> Progress | None:
@@ -142,11 +146,42 @@ class FetchSide:
         if self._settings.rebatch:
             self.chunks.max_weight = self._settings.max_buffered_batches * batch_size
 
-    def fetch(self, recorder: FetcherRecorder, interrupted: tuple[Attempt, BaseException] | None) -> None:
-        """Run the fetch loop, in a fetcher's thread; it never raises."""
+    def workers(self) -> WorkerSettings:
+        """Return what worker processes need. Raises ConfigError: the function cannot be sent to them."""
+        settings, processes = self._settings, self._settings.fetchers
+        assert isinstance(processes, Processes)  # noqa: S101  asked for by them only
+        is_stream = isinstance(self.calls, StreamCalls)
+        if self._plan is not None:
+            fetch = pickled(self._plan.fetch, "the source's fetch")
+        else:
+            fetch = pickled(settings.fetch_fun, "the fetch function")
+        init = None if processes.worker_init_fun is None else pickled(processes.worker_init_fun, "worker_init_fun")
+        packs = not is_stream and self.chunks.pack_below_nbytes > 0
+        return WorkerSettings(
+            source=settings.name,
+            start=processes.start_method,
+            restarts=processes.restarts,
+            fetch_timeout_s=settings.fetch_timeout_s,
+            keep_blocks=settings.device_queue_depth + 2,
+            job=lambda worker_id: Job(fetch, init, worker_id, is_stream, settings.batch_axes, packs),
+            requests=self.calls if isinstance(self.calls, StreamCalls) else None,
+            function=self.calls,
+            specs=lambda: self._book.specs,
+            idle=self._signal.ended.wait,
+            ended=lambda: self.chunks.closed,
+            count_restart=self._recorder.count_restart,
+        )
+
+    def fetch(
+        self,
+        recorder: FetcherRecorder,
+        interrupted: tuple[Attempt, BaseException] | None,
+        calls: WorkerCalls | None = None,
+    ) -> None:
+        """Run the fetch loop, in a fetcher's thread, with these calls instead of our own; it never raises."""
         fetch_loop(
             self._settings.name,
-            self.calls,
+            self.calls if calls is None else calls,
             ChunkCheck(self._book),
             self.chunks,
             recorder,
@@ -177,7 +212,7 @@ class FetchSide:
         attempt = recorder.attempt or Attempt(self.recovery, recorder.request, again(self.calls, recorder.worker_id))
         other = self._recorder.fetcher(recorder.worker_id)
         other.request = recorder.request
-        self._recorder.restarts += 1
+        self._recorder.count_restart()
         return other, (attempt, failure.exception())
 
     def _file_of(self, row: int) -> str | None:

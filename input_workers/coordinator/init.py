@@ -10,7 +10,7 @@ from input_workers.coordinator.data_input_coordinator import DataInputCoordinato
 from input_workers.coordinator.global_coordinator import GlobalCoordinator
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings, check_workers
 from input_workers.errors import ConfigError
-from input_workers.fetchers import Threads
+from input_workers.fetchers import Processes, Threads
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
 
@@ -31,7 +31,7 @@ def init_data_input_workers(
     init_fun: Callable[[DataInputCoordinator, GlobalCoordinator], object] | None = None,
     external_loggers: Sequence[Any] = (),
     *,
-    fetchers: str | Threads = "thread",
+    fetchers: str | Threads | Processes = "thread",
     rebatch: bool = True,
     batch_axes: int | Sequence[int] = 0,
     last_batch: str = "drop",
@@ -59,7 +59,7 @@ def init_data_input_workers(
         max_buffered_batches: bound on what waits between fetchers and enqueuer, in batches' worth of rows.
         init_fun: `init_fun(data_coordinator, global_coordinator)`, once, at the first start, before any fetcher starts.
         external_loggers: objects with `log(metrics)`, called every 60 s and at stop with the values of the interval.
-        fetchers: "thread", or `iw.Threads()`.
+        fetchers: "thread" (`iw.Threads()`), or "process" (`iw.Processes(...)`) for functions that hold the interpreter lock.
         rebatch: False delivers chunks as they come; bounds then count chunks.
         batch_axes: the axis along which the rows lie, one for all inputs or one for each.
         last_batch: what becomes of rows that fill no batch at the end: "drop", "keep" (a shorter one) or "pad" (by

@@ -14,7 +14,7 @@ import numpy as np
 from input_workers.contracts import Chunk, FetchRequest
 from input_workers.errors import Failure, LifecycleError
 from input_workers.fetchers.chunk_check import ChunkCheck
-from input_workers.fetchers.fetch_loop import FunctionCalls, StreamCalls, fetch_loop
+from input_workers.fetchers.fetch_loop import Calls, fetch_loop
 from input_workers.fetchers.recovery import Recovery
 from input_workers.fetchers.threads import stack_of
 from input_workers.flow.chunk_queue import ChunkQueue
@@ -37,7 +37,7 @@ class InlineFetcher:
     def __init__(
         self,
         source: str,
-        calls: FunctionCalls | StreamCalls,
+        calls: Calls,
         check: ChunkCheck,
         chunks: ChunkQueue,
         enqueuer: Enqueuer,

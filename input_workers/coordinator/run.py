@@ -20,7 +20,9 @@ from input_workers.coordinator.fetch_side import FetchSide
 from input_workers.coordinator.inline import InlineFetcher
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.errors import EndOfData, Failure, LifecycleError, QueueClosed
+from input_workers.fetchers import Processes
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
+from input_workers.fetchers.processes import ProcessFetchers
 from input_workers.fetchers.threads import ThreadFetchers, join_threads
 from input_workers.flow.device import Device, Target
 from input_workers.flow.device_queue import DeviceQueue
@@ -112,6 +114,14 @@ class Run:
                 self.fetching.recovery,
                 self.fetching.nothing_left,
             )
+        elif isinstance(settings.fetchers, Processes):
+            self._fetchers = ProcessFetchers(
+                self._fetcher_recorders,
+                self.fetching.workers(),
+                self.fetching.fetch,
+                self.fetching.fail,
+                self._input_ended,
+            )
         else:
             self._fetchers = ThreadFetchers(
                 settings.name,
@@ -149,10 +159,10 @@ class Run:
             return
         exit_hook.remember(self)
         try:
+            self._fetchers.start()  # first: worker processes may be forked as long as there are no threads
             self._thread.start()
-            self._fetchers.start()
         except BaseException:
-            self._threads_left = 1  # the fetcher group will not report its end
+            self._threads_left = 1  # one of them has not begun, and will not report its end
             self.stop(time.monotonic() + 5.0)
             raise
 
@@ -213,6 +223,8 @@ class Run:
         self.recorder.drop("stopped", self.chunks.abort())
         self.book.end()
         self.signal.ended.set()
+        if self._fetchers is not None:
+            self._fetchers.shut_down()
         for device in self.devices.values():
             self._abort_device(device)
 

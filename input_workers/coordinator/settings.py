@@ -10,7 +10,7 @@ from typing import Any, get_args
 from input_workers.contracts import ArraySpec, DeviceFeed, FetchFunction, batch_type
 from input_workers.errors import ConfigError
 from input_workers.feeds import feed_maker
-from input_workers.fetchers import Threads
+from input_workers.fetchers import Processes, Threads
 from input_workers.flow.enqueuer import LastBatch
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
@@ -66,6 +66,7 @@ class SourceSettings:
     last_batch: LastBatch
     timeout_s: float
     fetch_timeout_s: float | None
+    fetchers: Threads | Processes
     max_buffered_bytes: int | None
     device_queue_depth: int
     specs: tuple[ArraySpec, ...] | None
@@ -106,10 +107,12 @@ class SourceSettings:
         for logger in external_loggers:
             if not callable(getattr(logger, "log", None)):
                 raise ConfigError(f"external_loggers: {type(logger).__qualname__} has no method log(metrics)")
-        if fetchers != "thread" and not isinstance(fetchers, Threads):
-            if fetchers in ("process", "ray"):
-                raise ConfigError(f"fetchers={fetchers!r} is not built yet; wanted 'thread'")
-            raise ConfigError(f"fetchers: got {fetchers!r}; wanted 'thread' or iw.Threads()")
+        if fetchers == "ray":
+            raise ConfigError("fetchers='ray' is not built yet; wanted 'thread' or 'process'")
+        known: dict[object, Threads | Processes] = {"thread": Threads(), "process": Processes()}
+        if not isinstance(fetchers, (str, Threads, Processes)) or (isinstance(fetchers, str) and fetchers not in known):
+            raise ConfigError(f"fetchers: got {fetchers!r}; wanted 'thread', 'process', iw.Threads() or iw.Processes(...)")
+        chosen = known[fetchers] if isinstance(fetchers, str) else fetchers
         if last_batch not in get_args(LastBatch):
             raise ConfigError(f"last_batch: got {last_batch!r}; wanted one of {', '.join(get_args(LastBatch))}")
         if not rebatch and last_batch != "drop":
@@ -130,6 +133,7 @@ class SourceSettings:
             last_batch=last_batch,  # type: ignore[arg-type]  # checked above
             timeout_s=_seconds("timeout_s", timeout_s),
             fetch_timeout_s=None if fetch_timeout_s is None else _seconds("fetch_timeout_s", fetch_timeout_s, 0.001),
+            fetchers=chosen,
             max_buffered_bytes=None if max_buffered_bytes is None else _whole("max_buffered_bytes", max_buffered_bytes, 1),
             device_queue_depth=_whole("device_queue_depth", device_queue_depth, 1),
             specs=_specs(specs, names),

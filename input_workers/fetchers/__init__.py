@@ -1,12 +1,54 @@
-"""How the fetch function is run: one loop, and backends that run it in many threads (or processes, or actors)."""
+"""How the fetch function is run: one loop, and backends that run it in many threads or processes (or actors)."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["Threads"]
+from input_workers.errors import ConfigError
+
+__all__ = ["Processes", "StartMethod", "Threads"]
+
+StartMethod = Literal["forkserver", "spawn", "fork"]
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
     """Fetchers as threads: for fetch functions that wait or release the GIL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """Fetchers as processes: for fetch functions that hold the interpreter lock, or may crash.
+
+    The function is sent by cloudpickle: a worker imports what it needs, not your main module. BLAS, OpenMP and OpenCV have
+    one thread in a worker, unless the environment says otherwise. What is written to stdout and stderr comes out here, line
+    by line, marked with the worker. SIGINT (Ctrl-C) is left to the parent; workers end with it, however it ends.
+
+    Attributes:
+        start: "forkserver" (default on Linux), "spawn", or "fork", which is refused while threads run.
+        worker_init_fun: `worker_init_fun(worker_id)`, once in each worker, before its first call.
+        restarts: how many deaths of a worker within a minute are made good by starting another.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+
+    start: StartMethod | None = None
+    worker_init_fun: Callable[[int], object] | None = None
+    restarts: int = 3
+
+    def __post_init__(self) -> None:
+        if self.start not in (None, "forkserver", "spawn", "fork"):
+            raise ConfigError(f"Processes: start: got {self.start!r}; wanted 'forkserver', 'spawn' or 'fork'")
+        if self.worker_init_fun is not None and not callable(self.worker_init_fun):
+            raise ConfigError(f"Processes: worker_init_fun: got {self.worker_init_fun!r}; wanted f(worker_id)")
+        if isinstance(self.restarts, bool) or not isinstance(self.restarts, int) or self.restarts < 0:
+            raise ConfigError(f"Processes: restarts: got {self.restarts!r}; wanted a whole number of at least 0")
+
+    @property
+    def start_method(self) -> StartMethod:
+        """How processes are started."""
+        return self.start if self.start is not None else "forkserver" if hasattr(os, "pidfd_open") else "spawn"

@@ -6,19 +6,20 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from input_workers.contracts import Chunk, FetchFunction, FetchRequest
-from input_workers.errors import EndOfData, Failure, FetchFailed, describe
+from input_workers.errors import EndOfData, Failure, FetchFailed, FetchTimeout, WorkerDied, describe
 from input_workers.fetchers.chunk_check import ChunkCheck
 from input_workers.fetchers.ownership import owned
 from input_workers.fetchers.recovery import Attempt, Recovery, keep_rows
 from input_workers.metrics.recorder import SAMPLES_BEFORE_FOLDING, Abandoned, FetcherRecorder
+from input_workers.policy import TooManySkipped
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BackOff", "FunctionCalls", "StreamCalls", "fetch_failure", "fetch_loop"]
+__all__ = ["BackOff", "Calls", "FunctionCalls", "fetch_failure", "fetch_loop"]
 
 log = logging.getLogger("input_workers")
 
@@ -38,14 +39,20 @@ class FunctionCalls:
         self.batch_size = batch_size
 
 
-class StreamCalls(Protocol):
-    """Calls of a source's `fetch`, dealt to the fetchers request by request: see `sources.stream_calls`."""
+class OtherCalls(Protocol):
+    """Calls that are dealt, or made elsewhere: see `sources.stream_calls` and `worker_calls`.
 
-    def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest]:
+    What the latter return belongs to nobody else, as their `owns_results` says.
+    """
+
+    def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest | None]:
         """Make the next call; return its result and the request. Raises EndOfData after the last."""
 
-    def fetch(self, request: FetchRequest) -> Any:
-        """Make the call for a request, or for a part of one."""
+    def fetch(self, request: FetchRequest | None) -> Any:
+        """Make the call for a request, or for a part of one, or one of a plain function."""
+
+
+Calls: TypeAlias = "FunctionCalls | OtherCalls"
 
 
 class Chunks(Protocol):
@@ -92,14 +99,16 @@ def fetch_failure(source: str, recorder: FetcherRecorder, error: BaseException) 
     if recorder.request is not None:
         where += f", request {recorder.request.index}"
         notes.append(f"request: {recorder.request.index} (epoch {recorder.request.epoch})")
-    if isinstance(error, FetchFailed) and error.__cause__ is not None:  # too much was skipped: the last error is the cause
+    if isinstance(error, (FetchTimeout, WorkerDied)):  # of a worker process, in its own words
+        return Failure(type(error), str(error), error.__cause__, notes)
+    if isinstance(error, TooManySkipped):  # the last of what was to be skipped is the cause
         return Failure(FetchFailed, f"{error}: {describe(error.__cause__)}", error.__cause__, notes)
     return Failure(FetchFailed, f"{where}: {describe(error)}", error, notes)
 
 
 def fetch_loop(
     source: str,
-    calls: FunctionCalls | StreamCalls,
+    calls: Calls,
     check: ChunkCheck,
     chunks: Chunks,
     recorder: FetcherRecorder,
@@ -121,7 +130,8 @@ def fetch_loop(
         check: of its result.
         chunks: where the chunks go.
         recorder: of this fetcher.
-        idle: waits so many seconds when there is no data now, or less when the queue closes.
+        idle: waits so many seconds when there is no data now, or before a retry, or less when the queue closes; returns
+            whether the run has ended.
         fail: told the failure and the request that failed; called at most once.
         copy: copies an array that somebody else can reach.
         recovery: from calls that fail; None: the first failure is the end.
@@ -136,20 +146,20 @@ def fetch_loop(
     durations = recorder.calls
     samples = durations.samples
     clock, rows_of, offer, pack = time.monotonic, check.rows_of, chunks.offer, chunks.pack
+    owns_results = getattr(calls, "owns_results", False)
     can_be_abandoned = recovery is not None and recovery.abandons
-    attempt: Attempt | None = None
     recorder.alive = True
     try:
         if interrupted is not None:
             recorder.attempt, cause = interrupted
             recorder.attempt.failed(cause, recorder)
-            attempt = recorder.attempt
+        attempt: Attempt | None = recorder.attempt  # in the trainer's own thread: what it did not come to the end of
         now = clock()
         while not chunks.closed:
             recorder.call_started = now
             try:
                 if attempt is not None:
-                    result, request = attempt.run(check, recorder, lambda: not chunks.closed), attempt.request
+                    result, request = attempt.run(check, recorder, idle, lambda: not chunks.closed), attempt.request
                 elif function is not None:
                     result = function(worker_id, calls.batch_size)  # type: ignore[union-attr]
                 else:
@@ -162,7 +172,13 @@ def fetch_loop(
                 attempt.failed(error, recorder)
                 now = clock()
                 continue
+            if attempt is not None and not attempt.is_over:
+                break
             started, now = now, clock()
+            if attempt is not None:
+                started = attempt.call_started
+            elif owns_results:  # made in a worker process, which says how long it took
+                started = recorder.call_started
             if can_be_abandoned:
                 recorder.end_call()
             # One look at the clock a call: what lies between two calls is shorter than it is worth to measure.
@@ -172,15 +188,11 @@ def fetch_loop(
                 samples = durations.samples
             if attempt is not None:
                 attempt = recorder.attempt = None
-                if request is not None:  # its rows were checked one group after the other
-                    if result is None:
-                        break
-                    rows = result[0].shape[check.axes[0]] if result else 0
-                    if not rows:
-                        nothing_left(request)
-                        continue
-                else:
-                    rows = rows_of(result, request)
+                # Of a request, the rows were checked one group after the other, perhaps by another fetcher.
+                rows = rows_of(result, None) if result or request is None else 0
+                if request is not None and not rows:
+                    nothing_left(request)
+                    continue
             else:
                 rows = rows_of(result, request)
                 if request is not None and request.kept is not None:
@@ -197,7 +209,7 @@ def fetch_loop(
             if nbytes < chunks.pack_below_nbytes and request is None and pack(result, rows, nbytes):
                 continue
             lent = request.out if request is not None else None
-            chunk: Chunk = owned(result, lent, copy), rows, nbytes, request
+            chunk: Chunk = result if owns_results else owned(result, lent, copy), rows, nbytes, request
             del result
             if offer(chunk):
                 del chunk
@@ -216,7 +228,11 @@ def fetch_loop(
     except Abandoned:
         pass
     except BaseException as error:  # SystemExit too: it would end this thread in silence, and the trainer would wait
-        counted = error.__cause__ if isinstance(error, FetchFailed) and error.__cause__ is not None else error
+        try:
+            recorder.end_call()
+        except Abandoned:  # another one has taken over, and nobody waits for this
+            return False
+        counted = error.__cause__ if isinstance(error, TooManySkipped) else error
         recorder.count_error(type(counted).__name__)
         fail(fetch_failure(source, recorder, error), recorder.request)
     finally:
@@ -225,9 +241,8 @@ def fetch_loop(
     return False
 
 
-def again(calls: FunctionCalls | StreamCalls, worker_id: int) -> Callable[[FetchRequest | None], Any]:
+def again(calls: Calls, worker_id: int) -> Callable[[FetchRequest | None], Any]:
     """Return what makes a call once more: for a request, or of a plain function for None."""
     if isinstance(calls, FunctionCalls):
         return lambda _: calls.function(worker_id, calls.batch_size)
-    fetch = calls.fetch
-    return lambda request: fetch(request) if request is not None else None
+    return calls.fetch

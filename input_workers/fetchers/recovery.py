@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from input_workers.contracts import FetchRequest
-from input_workers.errors import BadRows, EndOfData, SpecMismatch, describe
+from input_workers.errors import BadRows, EndOfData, SpecMismatch, WorkerDied, describe
 from input_workers.fetchers.chunk_check import ChunkCheck
 from input_workers.metrics.recorder import FetcherRecorder
 from input_workers.policy import MAX_ERROR_CHARS, ErrorPolicy, Quarantine, QuarantinedRows
@@ -36,7 +36,6 @@ class Recovery:
         policy: says how.
         quarantine: accounts for what is skipped.
         drop: told how many rows of a Stream were skipped, after they were counted as fetched.
-        idle: waits so many seconds, or until the run ends; returns whether it has.
         file_of: returns where a row is read from, if that is known.
         abandons: a call may be taken away from a fetcher when it takes too long.
     """
@@ -46,14 +45,12 @@ class Recovery:
         policy: ErrorPolicy,
         quarantine: Quarantine,
         drop: Callable[[int], object],
-        idle: Callable[[float], object],
         file_of: Callable[[int], str | None],
         abandons: bool = False,
     ) -> None:
         self.policy = policy
         self.quarantine = quarantine
         self.drop = drop
-        self.idle = idle
         self.file_of = file_of
         self.abandons = abandons
 
@@ -65,6 +62,10 @@ class Attempt:
         recovery: of the source.
         request: what failed; None: a call of a plain function.
         fetch: makes a call for a request; of a plain function, for None.
+
+    Attributes:
+        request: what failed.
+        call_started: `time.monotonic()` of the last call.
     """
 
     def __init__(
@@ -74,27 +75,34 @@ class Attempt:
         fetch: Callable[[FetchRequest | None], Any],
     ) -> None:
         self.request = request
+        self.call_started = time.monotonic()
         self._recovery = recovery
         self._fetch = fetch
         # Groups of rows to fetch, in order: indices into the request's rows.
         self._groups = [list(range(len(request.rows) if request is not None else 1))]
         self._size = len(self._groups[0])
         self._tries = 0  # of the first group that failed
+        self._not_before = 0.0  # when to try it again
         self._got: list[tuple[list[int], Sequence[NDArray[Any]]]] = []
 
+    @property
+    def is_over(self) -> bool:
+        """Whether everything was fetched or skipped."""
+        return not self._groups
+
     def failed(self, error: BaseException, recorder: FetcherRecorder) -> None:
-        """The call for the first group raised this: decide what is next; waits before a retry.
+        """The call for the first group raised this: decide what is next.
 
         Raises:
             Exception: the error, if the policy is to raise it; FetchFailed: too much was skipped.
         """
         policy = self._recovery.policy
-        if not isinstance(error, Exception) or isinstance(error, (SpecMismatch, EndOfData)):
+        if not isinstance(error, Exception) or isinstance(error, (SpecMismatch, EndOfData, WorkerDied)):
             raise error
         self._tries += 1
         if self._tries <= policy.retries:
             recorder.count_error(type(error).__name__)
-            self._recovery.idle(policy.wait_seconds(self._tries))
+            self._not_before = time.monotonic() + policy.wait_seconds(self._tries)
             return
         if not policy.skip:
             if policy.retries:
@@ -112,18 +120,32 @@ class Attempt:
             self._skip(group, error, recorder)
         else:
             self._groups[:1] = [[row] for row in group]
+        recorder.count_error(type(error).__name__)
 
-    def run(self, check: ChunkCheck, recorder: FetcherRecorder, go_on: Callable[[], bool]) -> Any:
-        """Fetch what is left; return the rows that came, in order, or None: there are none, or the run has ended.
+    def run(
+        self, check: ChunkCheck, recorder: FetcherRecorder, idle: Callable[[float], object], go_on: Callable[[], bool]
+    ) -> Any:
+        """Fetch what is left; return the rows that came, in order, or None: there are none, or it is not over yet.
 
         `request.kept` then says which rows they are. Raises what `failed` raises.
+
+        Args:
+            check: of the results.
+            recorder: of the fetcher.
+            idle: waits so many seconds before a retry, or less when the run ends; returns whether it has.
+            go_on: says whether to go on now. What is left may be fetched by running again.
         """
         while self._groups:
             if not go_on():
                 return None
+            wait = self._not_before - time.monotonic()
+            if wait > 0:
+                if idle(wait):
+                    return None
+                continue
             group = self._groups[0]
             part = self._part(group)
-            recorder.call_started = time.monotonic()
+            self.call_started = recorder.call_started = time.monotonic()
             try:
                 arrays = self._fetch(part)
             except Exception as error:
@@ -131,12 +153,15 @@ class Attempt:
                 self.failed(error, recorder)
                 continue
             recorder.end_call()
-            if self.request is None:
-                return arrays
-            check.rows_of(arrays, part)
-            self._got.append((group, arrays))
+            if self.request is not None:
+                check.rows_of(arrays, part)
+                if len(self._groups) > 1:  # the source may use its memory again for the next
+                    arrays = [array.copy() for array in arrays]
+                self._got.append((group, arrays))
             del self._groups[0]
             self._tries = 0
+            if self.request is None:
+                return arrays
         if self.request is None:
             return None
         return self._joined(check) if self._got else ()
@@ -182,7 +207,6 @@ class Attempt:
         text = describe(error)[:MAX_ERROR_CHARS]
         if request is None:
             recovery.quarantine.skip(QuarantinedRows(recorder.worker_id, None, None, (), (), text), 1, error)
-            recorder.count_error(type(error).__name__)
             return
         if request.kept is not None:  # rows that an earlier run has delivered are none of this one's
             group = [row for row in group if row in request.kept]
@@ -193,6 +217,5 @@ class Attempt:
         names = tuple(name for name in files if name is not None)
         entry = QuarantinedRows(recorder.worker_id, request.index, request.epoch, rows, names, text)
         recovery.quarantine.skip(entry, len(rows), error)
-        recorder.count_error(type(error).__name__)
         recorder.rows += len(rows)
         recovery.drop(len(rows))

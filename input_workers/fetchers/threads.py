@@ -92,7 +92,7 @@ class ThreadFetchers:
             self._on_end()
 
     def check_calls(self, now: float) -> float:
-        """Fail the source, or replace the fetcher, for a call that runs too long; return when to look again, `inf` for never."""
+        """Fail the source, or replace the fetcher, for a call that runs too long; return when to look again."""
         if self._timeout_s == math.inf:
             return math.inf
         # A call that begins while nobody looks is found in time by looking once a timeout.
@@ -127,6 +127,9 @@ class ThreadFetchers:
     def has_thread(self, thread: threading.Thread) -> bool:
         """Whether this is one of the fetchers."""
         return thread in self._threads()
+
+    def shut_down(self) -> None:
+        """Nothing: the loops see the closed queue by themselves."""
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait for the threads that were started; return (name, stack) of those still running."""

@@ -228,7 +228,7 @@ class SourceRecorder:
         self._fetchers: list[FetcherRecorder] = []
         self._retired = FetcherRecorder.merged([])
         self._dropped = dict.fromkeys(DROP_REASONS, 0)
-        self.restarts = 0  # fetchers that took another's place; written by the one thread that watches them
+        self.restarts = 0  # fetchers that took another's place
         self._put_metrics: dict[str, tuple[float, int]] = {}
 
     def fetcher(self, worker_id: int) -> FetcherRecorder:
@@ -242,6 +242,11 @@ class SourceRecorder:
         """Account for rows that will not be delivered."""
         with self._lock:
             self._dropped[reason] += rows
+
+    def count_restart(self) -> None:
+        """Another fetcher took the place of one that died, or whose call took too long."""
+        with self._lock:
+            self.restarts += 1
 
     def put_metric(self, key: str, value: float, count: bool) -> None:
         """Add to a sum of the user's own."""

@@ -140,6 +140,12 @@ class StreamPlan:
         self._lock = threading.Lock()
         self._orders: dict[int, EpochOrder] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_orders": {}}  # a worker process only fetches
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def epoch_rows(self, epoch: int) -> int:
         """Return how many rows the epoch has."""
         return rows_of(self.left[epoch]) if epoch in self.left else self.regular_rows

@@ -99,8 +99,19 @@ class StreamCalls:
                     self._again.append(deal)
             raise
 
-    def fetch(self, request: FetchRequest) -> Sequence[NDArray[Any]]:
+    def deal(self, worker_id: int) -> FetchRequest:
+        """Return the next request, to be fetched elsewhere. Raises EndOfData after the last epoch."""
+        return self._request(self._deal(), worker_id)
+
+    def give_back(self, requests: Sequence[FetchRequest]) -> None:
+        """These were dealt and not fetched: deal them again, before others."""
+        with self._lock:
+            self._again += [(each.ordinal, each.epoch, each.begin // self.rows_per_request) for each in requests]
+            self._again.sort()
+
+    def fetch(self, request: FetchRequest | None) -> Sequence[NDArray[Any]]:
         """Fetch the request's rows, all of them. Raises what the source raises."""
+        assert request is not None  # noqa: S101  only plain functions are called without
         request.out = self._lend(len(request.rows))
         try:
             return self.plan.fetch(request.rows, request)

@@ -1,0 +1,131 @@
+"""Fetchers as processes: free of the interpreter lock, and of each other's crashes. Each has a thread here that serves it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from threading import Thread
+from typing import Any
+
+from input_workers.contracts import FetchRequest
+from input_workers.errors import ConfigError, Failure
+from input_workers.fetchers.process_launch import refuse_fork_beside_threads
+from input_workers.fetchers.threads import ThreadFetchers, stack_of
+from input_workers.fetchers.worker_calls import WorkerCalls
+from input_workers.fetchers.worker_output import WorkerOutput
+from input_workers.fetchers.worker_settings import WorkerSettings
+from input_workers.metrics.recorder import FetcherRecorder
+
+__all__ = ["ProcessFetchers", "pickled"]
+
+
+class ProcessFetchers:
+    """Runs the fetch loop in threads whose calls are made in worker processes.
+
+    Args:
+        recorders: one for each fetcher.
+        settings: shared by all workers.
+        loop: the fetch loop of a fetcher, given what another was at, or None, and its calls; it never raises.
+        fail: told a failure and its request.
+        on_end: called in the last fetcher to end.
+    """
+
+    def __init__(
+        self,
+        recorders: Sequence[FetcherRecorder],
+        settings: WorkerSettings,
+        loop: Callable[[FetcherRecorder, Any, WorkerCalls], None],
+        fail: Callable[[Failure, FetchRequest | None], object],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._output = WorkerOutput(settings.source)
+        self._calls = {recorder.worker_id: WorkerCalls(settings, recorder.worker_id, self._output) for recorder in recorders}
+        self._loop = loop
+        self._threads = ThreadFetchers(settings.source, recorders, self._serve, fail, on_end, None)
+
+    def start(self) -> None:
+        """Start every process, or none. Raises ConfigError: fork beside threads; OSError: a limit of the system."""
+        if self._settings.start == "fork":
+            refuse_fork_beside_threads()
+        try:
+            for calls in self._calls.values():
+                calls.launch()
+            self._output.start()
+            self._threads.start()
+        except BaseException:
+            self.shut_down()
+            for calls in self._calls.values():
+                calls.close()
+            self._output.stop(time.monotonic() + 1.0)
+            raise
+
+    def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> None:
+        calls = self._calls[recorder.worker_id]
+        try:
+            self._loop(recorder, interrupted, calls)
+        finally:
+            calls.close()
+
+    def check_calls(self, now: float) -> float:
+        """Never: each thread watches the calls of its worker."""
+        return self._threads.check_calls(now)
+
+    def shut_down(self) -> None:
+        """Have every worker end, and whoever waits for it."""
+        for calls in self._calls.values():
+            calls.shut_down()
+
+    def has_thread(self, thread: Thread) -> bool:
+        """Whether this is one of the fetchers' threads."""
+        return self._threads.has_thread(thread) or thread is self._output.thread
+
+    def join(self, deadline: float) -> list[tuple[str, str]]:
+        """End the workers, killing those that are in a call; return (name, stack) of threads that did not end in time."""
+        self.shut_down()
+        stuck = self._threads.join(deadline)
+        if not stuck:
+            stuck = [(thread.name, stack_of(thread)) for thread in self._output.stop(deadline)]
+        return stuck
+
+
+def pickled(value: Any, what: str) -> bytes:
+    """Return the value as cloudpickle has it. Raises ConfigError, naming what of it cannot be sent."""
+    try:
+        import cloudpickle
+    except ModuleNotFoundError as error:
+        raise ConfigError("fetchers='process' needs cloudpickle: pip install input-workers[process]") from error
+    try:
+        return bytes(cloudpickle.dumps(value))
+    except Exception as error:
+        culprit = _culprit(value, what, cloudpickle.dumps, 4)
+        raise ConfigError(
+            f"fetchers='process': {culprit} cannot be sent to a worker process: {type(error).__name__}: {error}; wanted "
+            "something that can be pickled; open files, locks and connections in worker_init_fun, or at first use"
+        ) from error
+
+
+def _culprit(value: Any, path: str, dumps: Callable[[Any], object], depth: int) -> str:
+    """Return the path of the innermost part of the value that cannot be pickled."""
+    parts: dict[str, Any] = {}
+    if hasattr(value, "__self__"):
+        parts[f"the object of {path}"] = value.__self__
+    code, closure = getattr(value, "__code__", None), getattr(value, "__closure__", None)
+    if code is not None:
+        for name, cell in zip(code.co_freevars, closure or (), strict=False):
+            parts[f"{path}'s variable {name!r}"] = cell.cell_contents
+        for name in code.co_names:
+            if name in value.__globals__:
+                parts[f"{path}'s global {name!r}"] = value.__globals__[name]
+    elif isinstance(value, dict):
+        parts |= {f"{path}[{key!r}]": part for key, part in value.items()}
+    elif isinstance(value, (list, tuple)):
+        parts |= {f"{path}[{index}]": part for index, part in enumerate(value)}
+    else:
+        parts |= {f"{path}.{name}": part for name, part in getattr(value, "__dict__", {}).items()}
+    for name, part in parts.items():
+        try:
+            dumps(part)
+        except Exception:
+            return _culprit(part, name, dumps, depth - 1) if depth else name
+    return f"{path} ({type(value).__qualname__})"

@@ -1,0 +1,58 @@
+"""What the worker processes of a source share: how they are started, what they are sent, whom their threads ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from input_workers.contracts import ArraySpec, FetchRequest
+from input_workers.fetchers import StartMethod
+from input_workers.fetchers.process_child import Job
+
+__all__ = ["Requests", "WorkerSettings"]
+
+
+class Requests(Protocol):
+    """What deals a Stream's requests: see `sources.stream_calls.StreamCalls`. Thread-safe."""
+
+    batch_size: int
+
+    def deal(self, worker_id: int) -> FetchRequest:
+        """Return the next request. Raises EndOfData after the last."""
+
+    def give_back(self, requests: Sequence[FetchRequest]) -> None:
+        """These were not fetched, and are to be dealt again."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """What the workers of a source share.
+
+    Attributes:
+        source: its name.
+        start: how processes are started.
+        restarts: how many deaths within a minute are made good.
+        fetch_timeout_s: how long a call may take.
+        keep_blocks: free blocks kept.
+        job: makes what a worker is sent first.
+        requests: deals requests; None: a plain function is called.
+        function: has the `batch_size` for calls of a plain function.
+        specs: returns the specs of the source, once they are known.
+        idle: waits so many seconds, or until the run ends.
+        ended: whether the run has ended.
+        count_restart: told each restart.
+    """
+
+    source: str
+    start: StartMethod
+    restarts: int
+    fetch_timeout_s: float | None
+    keep_blocks: int
+    job: Callable[[int], Job]
+    requests: Requests | None
+    function: Any
+    specs: Callable[[], Sequence[ArraySpec] | None]
+    idle: Callable[[float], object]
+    ended: Callable[[], bool]
+    count_restart: Callable[[], object]
