@@ -148,9 +148,9 @@ class Progress:
         None: that is too long ago, or has not been reached. By default: now.
         """
         # Read before `_done`: an entry may move there meanwhile, and is then in both.
-        entries = sorted((entry for log in self._logs for entry in log.latest()), key=lambda entry: entry[0])
+        entries, batches = self._latest()
         if delivered is not None:
-            back = self.batches - delivered
+            back = batches - delivered
             if not 0 <= back <= KEPT or delivered < 0:
                 return None
             while entries and (back or not entries[-1][2]):  # an end mark comes after the batch
@@ -169,6 +169,15 @@ class Progress:
             while spans and spans[-1][0] >= MARKS:
                 spans.pop()
         return first, {epoch: spans for epoch, spans in sorted(done.items()) if spans}
+
+    def _latest(self) -> tuple[list[tuple[float, Sequence[Part], bool]], int]:
+        """Return what the logs remember, the oldest first, and how many batches were delivered then."""
+        while True:
+            before = [(log.count, log.taken_back) for log in self._logs]
+            batches = self.batches
+            entries = sorted((entry for log in self._logs for entry in log.latest()), key=lambda entry: entry[0])
+            if before == [(log.count, log.taken_back) for log in self._logs]:  # nothing was delivered meanwhile
+                return entries, batches
 
     def _forget_finished(self, first: int, done: dict[int, Spans]) -> int:
         while self._is_finished(first, done.get(first, [])):

@@ -106,7 +106,7 @@ def rechunk(
 
 def rechunk_large() -> list[Result]:
     """Chunks of 1 to 64 rows of 12 KB, made beforehand and handed over."""
-    sizes = [int(rows) for rows in np.random.default_rng(0).integers(1, 65, 1000)]
+    sizes = [int(rows) for rows in np.random.default_rng(0).integers(1, 65, 2000)]
     return rechunk("re-chunk 1 to 64 rows of 12 KB", lambda: make_chunks(sizes, (3, 32, 32)), 2, 0.6, peer=True)
 
 

@@ -11,10 +11,10 @@ from input_workers.errors import ConfigError, Failure, describe
 from input_workers.fetchers import Processes, Threads
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
 from input_workers.fetchers.fetch_loop import FunctionCalls, again, fetch_loop
-from input_workers.fetchers.process_child import Job
 from input_workers.fetchers.processes import pickled
 from input_workers.fetchers.recovery import Attempt, Recovery
 from input_workers.fetchers.worker_calls import WorkerCalls
+from input_workers.fetchers.worker_job import Job
 from input_workers.fetchers.worker_settings import WorkerSettings
 from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.leases import CopyPool, SlotPool
@@ -34,6 +34,10 @@ __all__ = ["FetchSide"]
 
 # Free slabs of one size kept for copies of chunks: enough for a queue of small batches to be emptied at once.
 COPY_SLABS_KEPT = 32
+
+# Memory is lent for requests of so many sizes: of a Stream's usual ones. Where bad rows are cut out, there are parts of any
+# size, and what each size keeps would add up.
+MOST_OUT_SIZES = 4
 
 # A chunk this small costs less to copy than to hand over. Measured: handing one over costs 1.5 us, which copies 8 KB.
 PACK_BELOW_NBYTES = 8192 + 1
@@ -117,7 +121,12 @@ class FetchSide:
                 quarantine,
                 drop=lambda rows: recorder.drop("skipped_error", rows),
                 file_of=self._file_of,
-                abandons=policy.skip and settings.fetch_timeout_s is not None and isinstance(settings.fetchers, Threads),
+                abandons=(
+                    policy.skip
+                    and settings.fetch_timeout_s is not None
+                    and workers > 0
+                    and isinstance(settings.fetchers, Threads)
+                ),
             )
 
     def follow(self, logs: list[DeliveryLog]) -> Progress | None:
@@ -228,5 +237,7 @@ class FetchSide:
             return None
         pool = self._out_pools.get(rows)
         if pool is None:
+            if len(self._out_pools) >= MOST_OUT_SIZES:
+                return None
             pool = self._out_pools.setdefault(rows, SlotPool(specs, self._settings.batch_axes, rows, self._out_keep))
         return list(pool.lease().arrays)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
@@ -19,10 +18,10 @@ from input_workers.coordinator.reporter import Ticker, log, log_line
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.coordinator.source_core import LAST_CALL_SECONDS, SourceCore
 from input_workers.coordinator.state_file import load_file, save_file
-from input_workers.errors import ConfigError, LifecycleError, StateMismatch
+from input_workers.coordinator.state_of_all import load_all, state_of_all
+from input_workers.errors import ConfigError, LifecycleError
 from input_workers.lifecycle import State
 from input_workers.metrics.snapshot import SourceStats, StopReport, StuckThread
-from input_workers.sources.state import FORMAT
 
 __all__ = ["GlobalCoordinator"]
 
@@ -41,6 +40,7 @@ class GlobalCoordinator:
         self._changed = threading.Condition()
         self._state = State.NEW
         self._owner: int | None = None
+        self._before = State.NEW
         self._sources: dict[str, tuple[DataInputCoordinator, SourceCore]] = {}
         self._log: Ticker | None = None
         self._log_finalizer: weakref.finalize[..., GlobalCoordinator] | None = None
@@ -82,7 +82,9 @@ class GlobalCoordinator:
             LifecycleError: called by an init function.
             Exception: what an init function raised, or what starting a thread did; nothing runs then.
         """
-        with self._transition(State.STARTING, math.inf) as before:
+        me = self._nobody_but_me()
+        try:
+            before = self._claim(State.STARTING, math.inf, me)
             if before is None:
                 raise LifecycleError("start() in a fetch function whose coordinator is being stopped")
             chosen = [(handle, core) for handle, core in self._copy() if not core.is_running]
@@ -99,6 +101,8 @@ class GlobalCoordinator:
                 for _, core in chosen:
                     core.start()
                 self._start_log([core for _, core in chosen], first=before is not State.RUNNING)
+                for _, core in chosen:
+                    core.started()
             except BaseException:
                 for _, core in new:
                     core.initialised = False
@@ -107,9 +111,19 @@ class GlobalCoordinator:
                 deadline = time.monotonic() + UNDO_SECONDS
                 for _, core in chosen:
                     core.join(deadline)
+                if before is not State.RUNNING and self._log is not None:
+                    self._log.request_stop()
+                    self._log.join(deadline)
                 self._state = before
                 raise
             self._state = State.RUNNING
+        finally:
+            # No call before the claim is given up: Ctrl-C is handled at calls.
+            if self._owner == me:
+                if self._state is State.STARTING:
+                    self._state = self._before
+                self._owner = None
+                self._notify()
 
     def _start_log(self, cores: list[SourceCore], first: bool) -> None:
         """Start the thread that writes log lines. It knows the sources' cores, and no coordinator."""
@@ -143,7 +157,9 @@ class GlobalCoordinator:
             return True  # forked: the threads, and whatever locks they held, are the parent's
         started = time.monotonic()
         deadline = started + timeout_s
-        with self._transition(State.STOPPING, timeout_s) as before:
+        me = self._nobody_but_me()
+        try:
+            before = self._claim(State.STOPPING, timeout_s, me)
             if before is None:
                 return False  # somebody else has been stopping it, or starting it, all this time
             if before is State.NEW:
@@ -179,32 +195,35 @@ class GlobalCoordinator:
             if stuck:
                 log.warning("stop: %d threads did not end: %s", len(stuck), ", ".join(each.name for each in stuck))
             return not stuck
-
-    @contextlib.contextmanager
-    def _transition(self, state: State, timeout_s: float) -> Iterator[State | None]:
-        """Be the one who starts or stops; yields the state before, None if that took too long. The body sets the next."""
-        me = threading.get_ident()
-        with self._changed:
+        finally:
             if self._owner == me:
-                raise LifecycleError(f"{state.value} while {self._state.value}: not from an init function")
+                if self._state is State.STOPPING:
+                    self._state = self._before
+                self._owner = None
+                self._notify()
+
+    def _nobody_but_me(self) -> int:
+        """Return the caller's thread. Raises LifecycleError if it is starting or stopping this coordinator already."""
+        me = threading.get_ident()
+        if self._owner == me:
+            raise LifecycleError(f"a start or stop while {self._state.value}: not from an init function")
+        return me
+
+    def _claim(self, state: State, timeout_s: float, me: int) -> State | None:
+        """Be the one who starts or stops, until `_owner` is None again; return the state before, None: it took too long."""
+        with self._changed:
             timeout = None if timeout_s == math.inf else min(timeout_s, threading.TIMEOUT_MAX)
             # A stop waits for our own threads, so they must not wait for it: a fetch function may call anything.
             own = any(core.has_thread(threading.current_thread()) for _, core in self._sources.values())
             self._changed.wait_for(lambda: self._owner is None or (own and self._state is State.STOPPING), timeout)
-            free = self._owner is None
-            if free:
-                before, self._state, self._owner = self._state, state, me
-        if not free:
-            yield None
-            return
-        try:
-            yield before
-        finally:
-            with self._changed:
-                if self._state is state:  # nothing was to be done
-                    self._state = before
-                self._owner = None
-                self._changed.notify_all()
+            if self._owner is not None:
+                return None
+            self._before, self._state, self._owner = self._state, state, me
+            return self._before
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def __enter__(self) -> Self:
         self.start()
@@ -261,13 +280,7 @@ class GlobalCoordinator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return where every Stream is; see `DataInputCoordinator.state_dict`. Plain functions have no position."""
-        left_out = [core.settings.name for _, core in self._copy() if core.stream is None]
-        if left_out:
-            log.info("state_dict: plain functions have no position, so it says nothing of %s", ", ".join(map(repr, left_out)))
-        return {
-            "format": FORMAT,
-            "sources": {core.settings.name: core.state(None) for _, core in self._copy() if core.stream is not None},
-        }
+        return state_of_all([core for _, core in self._copy()])
 
     def load_state_dict(self, state: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
         """Let the next `start()` begin where a state, or one of each shard, says: all sources, or none if one cannot.
@@ -276,22 +289,7 @@ class GlobalCoordinator:
             StateMismatch: as for `DataInputCoordinator.load_state_dict`, or the sources are not the same.
             LifecycleError: a source is running.
         """
-        states = list(state) if isinstance(state, (list, tuple)) else [state]
-        cores = {core.settings.name: core for _, core in self._copy() if core.stream is not None}
-        by_source: dict[str, list[Any]] = {name: [] for name in cores}
-        for each in states:
-            sources = each.get("sources") if isinstance(each, Mapping) and each.get("format") == FORMAT else None
-            if not isinstance(sources, Mapping):
-                raise StateMismatch(f"state: got {each!r:.200}; wanted what state_dict() of a GlobalCoordinator returned")
-            if set(sources) != set(cores):
-                raise StateMismatch(f"state: sources: got {sorted(map(str, sources))}; wanted {sorted(cores)}")
-            for name, of_source in sources.items():
-                by_source[name].append(of_source)
-        positions = {
-            name: core.check_state(by_source[name] if len(states) > 1 else by_source[name][0]) for name, core in cores.items()
-        }
-        for name, core in cores.items():
-            core.load(positions[name])
+        load_all([core for _, core in self._copy()], state)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict()` to a file: at every moment it is the old one or the new one, whole.

@@ -51,7 +51,7 @@ class Ticker:
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait for it until `time.monotonic()` reaches the deadline; return (name, stack) if it hangs."""
-        return join_threads([self._thread], deadline)
+        return join_threads([self._thread], deadline) if self._thread.ident is not None else []
 
 
 def log_line(core: SourceCore) -> None:

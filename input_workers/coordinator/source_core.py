@@ -18,7 +18,7 @@ from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, Fetc
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
 from input_workers.policy import Quarantine
 from input_workers.sources.state import Position, position_of, state_of
-from input_workers.sources.stream import Stream
+from input_workers.sources.stream import Stream, check_whole
 
 __all__ = ["LAST_CALL_SECONDS", "SourceCore"]
 
@@ -101,10 +101,13 @@ class SourceCore:
             with self._lock:
                 self.run = before
             raise
-        self._loaded = None
         for ticker in self._prepared_tickers:
+            self._tickers.append(ticker)  # known before it runs: Ctrl-C while it starts ends it again
             ticker.start()
-            self._tickers.append(ticker)
+
+    def started(self) -> None:
+        """Every source has started: what was loaded has been used."""
+        self._loaded = None
 
     def request_stop(self) -> None:
         """Ask every thread to end. Takes no lock: a finalizer calls it."""
@@ -168,12 +171,16 @@ class SourceCore:
         """Return the position as plain data; see `DataInputCoordinator.state_dict`."""
         settings, run = self.settings, self.run
         stream = self._stream_or_raise()
+        if delivered is not None:
+            check_whole("state_dict: delivered", delivered, 0)
         batch_size = max(device.batch_size for device in self.devices.values())
         position = self._loaded
         if position is None and run is not None:
             position = run.fetching.position(delivered)
         elif delivered:
-            raise ConfigError(f"source {settings.name!r}: state_dict(delivered={delivered}): nothing was delivered yet")
+            raise ConfigError(
+                f"source {settings.name!r}: state_dict(delivered={delivered}): the run that begins here has not been started"
+            )
         if position is None:
             position = Position(rows_per_request=stream.rows_per_request or batch_size)
         return state_of(settings.name, settings.input_names, stream, settings.last_batch, position)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from typing import Any
 
 from input_workers.errors import StateMismatch
@@ -17,16 +19,26 @@ __all__ = ["load_file", "save_file"]
 def save_file(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write the state; at every moment the file is the old one or the new one. Safe in several threads and processes.
 
+    As with any file that is written: a symbolic link is followed, an old file's mode is kept, a new one's is by the umask.
+
     Raises:
         OSError: it cannot be written; the old file is intact.
     """
-    path = os.path.abspath(os.fspath(path))
-    folder = os.path.dirname(path)
+    path = os.path.realpath(os.fsdecode(path))  # else a link would be replaced, not what it names
+    folder, name = os.path.split(path)
     text = json.dumps(state, sort_keys=True)
     content = json.dumps({"sha256": _digest(text), "state": state}, sort_keys=True) + "\n"
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{os.path.basename(path)}.", dir=folder)
+    mode: int | None = None
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+    if mode is not None and not stat.S_ISREG(mode):  # nobody wants /dev/null replaced
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    # Beside the file, because only within a file system is replacing one step. The process and a random number name it.
+    temporary = os.path.join(folder, f".{name[:MAX_NAME_CHARS]}.{os.getpid()}-{secrets.token_hex(8)}")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
+            if mode is not None:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -35,11 +47,21 @@ def save_file(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-    folder_descriptor = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(PermissionError):  # of a folder that may be written to but not read
+        _sync_folder(folder)
+
+
+# Of the file's name, in its temporary one, which may have 255 bytes.
+MAX_NAME_CHARS = 40
+
+
+def _sync_folder(folder: str) -> None:
+    """Write the new name to the disk: without, it might not outlive a crash of the machine."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder_descriptor)  # or the new name might not outlive a crash of the machine
+        os.fsync(descriptor)
     finally:
-        os.close(folder_descriptor)
+        os.close(descriptor)
 
 
 def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -54,7 +76,7 @@ def load_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     remedy = "wanted a file that save_state() wrote and nobody has changed or cut"
     try:
         whole = json.loads(content.decode("utf-8"))
-    except ValueError as error:  # no UTF-8, or no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, or no JSON, or brackets without an end
         raise StateMismatch(f"{os.fspath(path)}: it is no JSON text of {len(content)} bytes ({error}); {remedy}") from error
     if not isinstance(whole, dict) or set(whole) != {"sha256", "state"} or not isinstance(whole["state"], dict):
         raise StateMismatch(f"{os.fspath(path)}: it holds no state; {remedy}")

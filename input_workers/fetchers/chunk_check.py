@@ -120,6 +120,10 @@ class ChunkCheck:
         """Check everything, saying what is wrong; learn the specs or a new number of rows."""
         if result is None and request is None:
             return 0
+        if self._layouts and request is None:
+            rows = self._new_count_of(result)
+            if rows:
+                return rows
         book = self._book
         names = book.input_names
         if isinstance(result, (str, bytes, ndarray, dict, set)) or not isinstance(result, Sequence):
@@ -160,6 +164,31 @@ class ChunkCheck:
         if counts[0]:
             self._learn(book.known(), counts[0])
         return int(counts[0])
+
+    def _new_count_of(self, result: Any) -> int:
+        """Return the rows of a result that differs from known ones in their number alone, and learn it; 0: look closer.
+
+        Every number of rows comes a first time in every fetcher: the closer look costs ten times as much.
+        """
+        layouts = self._layouts
+        shapes = []
+        rows = 0
+        if type(result) not in (list, tuple) or len(result) != len(layouts) or len(layouts[0][1]) >= MAX_KNOWN_SHAPES:
+            return 0
+        for (dtype, _), spec, axis, array in zip(layouts, self._book.known(), self.axes, result, strict=True):
+            if type(array) is not ndarray or array.dtype is not dtype:
+                return 0
+            shape = array.shape
+            if len(shape) <= axis or shape[:axis] + shape[axis + 1 :] != spec.shape:
+                return 0
+            if shapes and shape[axis] != rows:
+                return 0
+            rows = shape[axis]
+            shapes.append(shape)
+        if rows:
+            for (_, known), shape in zip(layouts, shapes, strict=True):
+                known[shape] = rows
+        return rows
 
     def _learn(self, specs: Sequence[ArraySpec], rows: int) -> None:
         if not self._layouts or len(self._layouts[0][1]) >= MAX_KNOWN_SHAPES:

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from input_workers.sources.arrays import Arrays
+from input_workers.sources.mix import Mix
 from input_workers.sources.stream import Stream
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from input_workers.sources.parquet import Parquet
     from input_workers.sources.tar_shards import TarShards
 
-__all__ = ["Arrays", "Generators", "ImageFolder", "Map", "Parquet", "Stream", "TarShards"]
+__all__ = ["Arrays", "Generators", "ImageFolder", "Map", "Mix", "Parquet", "Stream", "TarShards"]
 
 # Loaded when they are used.
 _MODULES = {

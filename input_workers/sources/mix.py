@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import numpy as np
 from input_workers.contracts import FetchRequest
 from input_workers.errors import BadRows, ConfigError, SpecMismatch
 from input_workers.progress import Spans
-from input_workers.sources.stream import Stream, StreamPlan
+from input_workers.sources.permutation import Permutation
+from input_workers.sources.stream import Stream, StreamPlan, share_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,8 +25,10 @@ __all__ = ["Mix", "MixPlan"]
 
 # Draws are made in blocks in which every stream has its exact share: then the rows that came of each are known at any
 # position, without counting. A weight is rounded to this fraction of all.
-BLOCK_DRAWS = 1 << 14
+BLOCK_DRAWS = 1 << 14  # so that a stream's number, and how often it was drawn before, are 16 bits each
 BLOCKS_KEPT = 4
+# What the key of a block's order has besides seed, phase and block.
+MIXED = 3
 ENDLESS = 1 << 62
 
 
@@ -55,16 +59,20 @@ class Mix(Stream):
         if not isinstance(streams, Mapping) or not streams:
             raise ConfigError(f"Mix: got {streams!r}; wanted {{name: (stream, weight), ...}}")
         for name, pair in streams.items():
+            if not isinstance(name, str) or not name:
+                raise ConfigError(f"Mix: got a stream named {name!r}; wanted a text, because a saved position holds it")
             if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], Stream) or isinstance(pair[0], Mix):
                 raise ConfigError(f"Mix: {name!r}: got {pair!r}; wanted (stream, weight), the stream no Mix itself")
             weight = pair[1]
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
+            is_number = isinstance(weight, (int, float, np.integer, np.floating)) and not isinstance(weight, bool)
+            too_large = isinstance(weight, int) and weight > sys.float_info.max
+            if not is_number or too_large or not 0 < weight < math.inf:
                 raise ConfigError(f"Mix: {name!r}: weight: got {weight!r}; wanted a positive number")
             if pair[0].rows_per_request is not None or pair[0].epoch_end != "run_on":
                 raise ConfigError(f"Mix: {name!r}: rows_per_request and epoch_end are the Mix's; leave them out of its streams")
-        if ends not in ("first", "all"):
+        if not isinstance(ends, str) or ends not in ("first", "all"):
             raise ConfigError(f"Mix: ends: got {ends!r}; wanted 'first' or 'all'")
-        self.streams = dict(streams)
+        self.streams = {name: (stream, float(weight)) for name, (stream, weight) in streams.items()}
         self.ends = ends
         super().__init__(_NoSource(), seed=seed, epochs=1, rows_per_request=rows_per_request)
         _shares([weight for _, weight in self.streams.values()], list(self.streams))
@@ -82,19 +90,26 @@ class Mix(Stream):
                 stream.check(last_batch, batch_size)
             except ConfigError as error:
                 raise ConfigError(f"Mix: {name!r}: {error}") from error
+            rows, count = len(stream.source), stream.shard[1]
+            if stream.equal_shards and stream.epochs is not None and last_batch == "keep" and rows % count:
+                raise ConfigError(
+                    f"Mix: {name!r}: shard='auto' with last_batch='keep': {rows} rows among {count} ranks would end the mix of "
+                    "some before that of others, which would wait for them; wanted last_batch='drop' or 'pad'"
+                )
 
     @property
     def can_change_shards(self) -> bool:
         """A Mix draws from the shards of its streams: their number is part of what it is."""
         return False
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, last_batch: str) -> dict[str, Any]:
         """Return what a saved position depends on, as plain data."""
-        streams = {
-            name: {**stream.identity(), "weight": float(weight), "epochs": stream.epochs, "shard": list(stream.shard)}
-            for name, (stream, weight) in self.streams.items()
-        }
-        return {"mix": streams, "seed": self.seed, "ends": self.ends}
+        streams = {}
+        for name, (stream, weight) in self.streams.items():
+            share = share_of(len(stream.source), *stream.shard, last_batch)
+            more = {"epochs": stream.epochs, "shard": list(stream.shard), "share": [share.start, share.stop]}
+            streams[name] = {**stream.identity(last_batch), "weight": weight, **more}
+        return {"mix": streams, "order": list(streams), "seed": self.seed, "ends": self.ends}
 
 
 class _NoSource:
@@ -121,7 +136,8 @@ class _Phase:
 class MixPlan:
     """Which rows are where in a Mix. Thread-safe."""
 
-    # Invariant under _lock: `_blocks` holds the draws of the blocks asked for last.
+    # Invariant under _lock: `_blocks` holds the blocks asked for last. `_first` is set once: whose rows came first, and what
+    # one of each input looks like.
 
     epochs = 1
     left: Mapping[int, Spans] = {}
@@ -134,11 +150,11 @@ class MixPlan:
         self._seeds = [stream.seed for stream, _ in mix.streams.values()]
         self._plans: list[StreamPlan] = [stream.plan(last_batch, batch_axes) for stream, _ in mix.streams.values()]
         self._lock = threading.Lock()
-        self._blocks: dict[tuple[int, int], NDArray[np.intp]] = {}
+        self._first: tuple[int, list[tuple[np.dtype[Any], tuple[int, ...]]]] | None = None
+        self._blocks: dict[tuple[int, int], tuple[NDArray[np.int16], NDArray[np.int16]]] = {}
         self._phases: list[_Phase] = []
         self.most_rows = self._lay_out(mix.ends)
-        if not self.most_rows:
-            raise ConfigError("Mix: it ends before its first row")
+        self._begins = [phase.begin for phase in self._phases]
 
     def epoch_rows(self, epoch: int) -> int:
         """Return how many rows there are."""
@@ -154,12 +170,17 @@ class MixPlan:
         """Fetch the rows at these positions from the streams they are drawn from. Raises what the sources raise."""
         drawn, at = self._drawn(rows)
         came: list[tuple[NDArray[np.intp], Sequence[NDArray[Any]]]] = []
-        for index, epoch in sorted(
-            {(int(index), int(epoch)) for index, epoch in zip(drawn, self._epochs(drawn, at), strict=True)}
-        ):
-            plan = self._plans[index]
-            here = np.flatnonzero((drawn == index) & (at // plan.regular_rows == epoch))
-            came.append((here, self._fetch_from(index, epoch, at[here] - epoch * plan.regular_rows, rows[here], request)))
+        for index in np.flatnonzero(np.bincount(drawn)).tolist():
+            places = np.flatnonzero(drawn == index)
+            at_places = at[places]  # rising: a stream's own rows come in their order
+            regular = self._plans[index].regular_rows
+            begin = 0
+            for epoch in range(int(at_places[0]) // regular, int(at_places[-1]) // regular + 1):
+                stop = int(np.searchsorted(at_places, (epoch + 1) * regular))
+                if begin < stop:
+                    here, offsets = places[begin:stop], at_places[begin:stop] - epoch * regular
+                    came.append((here, self._fetch_from(index, epoch, offsets, rows[here], request)))
+                begin = stop
         return self._put_together(came, len(rows))
 
     def file_of(self, row: int) -> str | None:
@@ -169,10 +190,6 @@ class MixPlan:
         epoch, offset = divmod(int(at[0]), plan.regular_rows)
         file = plan.file_of(int(plan.rows(epoch, offset, offset + 1)[0]))
         return name if file is None else f"{name}: {file}"
-
-    def _epochs(self, drawn: NDArray[np.intp], at: NDArray[np.int64]) -> NDArray[np.int64]:
-        regular = np.array([plan.regular_rows for plan in self._plans], np.int64)
-        return np.floor_divide(at, regular[drawn])
 
     def _fetch_from(
         self, index: int, epoch: int, offsets: NDArray[np.int64], positions: NDArray[np.int64], request: FetchRequest
@@ -189,11 +206,34 @@ class MixPlan:
             bad = set(error.rows)
             named = [int(position) for position, row in zip(positions, rows, strict=True) if int(row) in bad]
             raise BadRows(named, f"stream {self._names[index]!r}: {error}") from error
-        shapes = [np.shape(array) for array in arrays]
-        counts = [shape[axis] if axis < len(shape) else None for shape, axis in zip(shapes, self._axes, strict=False)]
-        if counts != [len(rows)] * len(self._axes):
-            raise SpecMismatch(f"stream {self._names[index]!r}: got arrays of shapes {shapes}; wanted {len(rows)} rows in each")
+        self._check(index, arrays, len(rows))
         return arrays
+
+    def _check(self, index: int, arrays: object, count: int) -> None:
+        """Raise SpecMismatch unless these are so many rows of what the other streams give."""
+        name = f"Mix: stream {self._names[index]!r}"
+        if not isinstance(arrays, (list, tuple)) or not all(isinstance(array, np.ndarray) for array in arrays):
+            raise SpecMismatch(
+                f"{name}: got {type(arrays).__qualname__} {arrays!r:.200}; wanted one NumPy array for each input"
+            )
+        shapes = [array.shape for array in arrays]
+        counts = [shape[axis] if axis < len(shape) else None for shape, axis in zip(shapes, self._axes, strict=False)]
+        if len(arrays) != len(self._axes) or counts != [count] * len(arrays):
+            raise SpecMismatch(f"{name}: got arrays of shapes {shapes}; wanted {len(self._axes)} with {count} rows in each")
+        specs = [
+            (array.dtype, (*shape[:axis], *shape[axis + 1 :]))
+            for array, shape, axis in zip(arrays, shapes, self._axes, strict=True)
+        ]
+        if self._first is None:
+            with self._lock:
+                self._first = self._first or (index, specs)
+        first, wanted = self._first
+        if specs != wanted:
+            number = next(number for number, (got, want) in enumerate(zip(specs, wanted, strict=True)) if got != want)
+            raise SpecMismatch(
+                f"{name}: input {number}: got rows of {specs[number][0]!r} with shape {specs[number][1]}; wanted "
+                f"{wanted[number][0]!r} with shape {wanted[number][1]}, as stream {self._names[first]!r} gives"
+            )
 
     def _put_together(self, came: list[tuple[NDArray[np.intp], Sequence[NDArray[Any]]]], count: int) -> Sequence[NDArray[Any]]:
         if len(came) == 1:
@@ -202,15 +242,9 @@ class MixPlan:
         for number, axis in enumerate(self._axes):
             first = came[0][1][number]
             target = np.empty((*first.shape[:axis], count, *first.shape[axis + 1 :]), first.dtype)
-            by_row = np.moveaxis(target, axis, 0)
+            by_row = np.moveaxis(target, axis, 0) if axis else target
             for here, arrays in came:
-                array = np.moveaxis(arrays[number], axis, 0)
-                if array.dtype != target.dtype or array.shape[1:] != by_row.shape[1:]:
-                    raise SpecMismatch(
-                        f"Mix: input {number}: streams give rows of {target.dtype!r} with shape {by_row.shape[1:]} and of "
-                        f"{array.dtype!r} with shape {array.shape[1:]}; wanted the same of all, nothing is ever cast"
-                    )
-                by_row[here] = array
+                by_row[here] = np.moveaxis(arrays[number], axis, 0) if axis else arrays[number]
             together.append(target)
         return together
 
@@ -242,56 +276,72 @@ class MixPlan:
     def _draw_of(self, phase: _Phase, position: int, nth: int) -> int:
         """Return the offset in the phase of the nth draw (from 0) of one of its streams."""
         block, rest = divmod(nth, phase.shares[position])
-        return block * BLOCK_DRAWS + int(np.flatnonzero(self._block(phase, block) == position)[rest])
+        return block * BLOCK_DRAWS + int(np.flatnonzero(self._block(phase, block)[0] == position)[rest])
 
     def _drawn_before(self, phase: _Phase, position: int, offset: int) -> int:
         """Return how often one of the streams was drawn before this offset in the phase."""
         block, rest = divmod(offset, BLOCK_DRAWS)
-        return block * phase.shares[position] + int(np.count_nonzero(self._block(phase, block)[:rest] == position))
+        return block * phase.shares[position] + int(np.count_nonzero(self._block(phase, block)[0][:rest] == position))
 
     def _drawn(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
-        """Return for each position of the mix (which stream it is drawn from, which row of that stream, over all epochs)."""
+        """Return for each of these rising positions (which stream it is drawn from, which row of that, over all epochs)."""
         drawn = np.empty(len(rows), np.intp)
         at = np.empty(len(rows), np.int64)
-        begins = [phase.begin for phase in self._phases]
-        places = [(bisect.bisect_right(begins, int(row)) - 1, int(row)) for row in rows]
-        keys = [(number, (row - begins[number]) // BLOCK_DRAWS) for number, row in places]
-        for number, block in sorted(set(keys)):
+        begin = 0
+        while begin < len(rows):
+            row = int(rows[begin])
+            number = bisect.bisect_right(self._begins, row) - 1
             phase = self._phases[number]
-            draws = self._block(phase, block)
-            here = np.flatnonzero([key == (number, block) for key in keys])
-            inside = rows[here] - phase.begin - block * BLOCK_DRAWS
-            for position, index in enumerate(phase.streams):
-                before = np.cumsum(draws == position)  # up to and with each draw
-                chosen = draws[inside] == position
-                drawn[here[chosen]] = index
-                at[here[chosen]] = phase.taken[index] + block * phase.shares[position] + before[inside[chosen]] - 1
+            block = (row - phase.begin) // BLOCK_DRAWS
+            block_begin = phase.begin + block * BLOCK_DRAWS
+            block_stop = min(block_begin + BLOCK_DRAWS, *self._begins[number + 1 : number + 2], ENDLESS)
+            stop = int(np.searchsorted(rows, block_stop))
+            draws, before = self._block(phase, block)
+            inside = rows[begin:stop] - block_begin
+            places = draws[inside]
+            drawn[begin:stop] = np.array(phase.streams)[places]
+            first_rows = [phase.taken[index] + block * share for index, share in zip(phase.streams, phase.shares, strict=True)]
+            at[begin:stop] = np.array(first_rows, np.int64)[places] + before[inside]
+            begin = stop
         return drawn, at
 
-    def _block(self, phase: _Phase, block: int) -> NDArray[np.intp]:
-        """Return the draws of a block: for each, the position of a stream in the phase."""
+    def _block(self, phase: _Phase, block: int) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
+        """Return for each draw of a block (the position of a stream in the phase, how often that was drawn before).
+
+        The order is decided by seed, phase and block alone, with every version of NumPy.
+        """
         key = (phase.number, block)
         with self._lock:
-            draws = self._blocks.get(key)
-        if draws is None:
-            draws = np.repeat(np.arange(len(phase.shares)), phase.shares)
-            np.random.default_rng((self._seed, *key)).shuffle(draws)
+            found = self._blocks.get(key)
+        if found is None:
+            places = Permutation(BLOCK_DRAWS, (self._seed, MIXED, *key))(np.arange(BLOCK_DRAWS, dtype=np.int64))
+            draws = np.repeat(np.arange(len(phase.shares), dtype=np.int16), phase.shares)[places]
+            # Sorted by stream, and within one in order, the nth of a stream was preceded by n of it.
+            before = np.empty(BLOCK_DRAWS, np.int16)
+            before[np.argsort(draws, kind="stable")] = np.concatenate([np.arange(share) for share in phase.shares])
+            found = draws, before
             with self._lock:
-                self._blocks[key] = draws
+                self._blocks[key] = found
                 if len(self._blocks) > BLOCKS_KEPT:
                     del self._blocks[next(iter(self._blocks))]
-        return draws
+        return found
 
 
 def _shares(weights: Sequence[float], names: Sequence[str]) -> list[int]:
     """Return how many draws of a block each stream has: by weight, at least one, and all of them together."""
-    total = math.fsum(weights)
-    exact = [weight / total * BLOCK_DRAWS for weight in weights]
+    largest = max(weights)
+    total = math.fsum(weight / largest for weight in weights)  # the weights themselves might add up to infinity
+    exact = [weight / largest / total * BLOCK_DRAWS for weight in weights]
     for name, draws in zip(names, exact, strict=True):
         if draws < 0.5:
             raise ConfigError(f"Mix: {name!r}: its weight is less than 1 in {2 * BLOCK_DRAWS} of all; wanted a larger one")
+    if len(weights) > BLOCK_DRAWS:
+        raise ConfigError(f"Mix: got {len(weights)} streams; wanted at most {BLOCK_DRAWS}")
     shares = [max(1, math.floor(draws)) for draws in exact]
-    by_remainder = sorted(range(len(shares)), key=lambda index: shares[index] - exact[index])
-    for index in by_remainder[: BLOCK_DRAWS - sum(shares)]:
-        shares[index] += 1
+    while (missing := BLOCK_DRAWS - sum(shares)) != 0:  # by the largest remainders; small weights have more than theirs
+        step = 1 if missing > 0 else -1
+        by_remainder = sorted(range(len(shares)), key=lambda index: step * (shares[index] - exact[index]))
+        can = [index for index in by_remainder if shares[index] + step >= 1]
+        for index in can[: abs(missing)]:
+            shares[index] += step
     return shares

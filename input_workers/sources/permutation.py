@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.random  # NumPy would load it at first use, which would be that of the first request
 
 from input_workers.errors import ConfigError
 

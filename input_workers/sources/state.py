@@ -125,7 +125,9 @@ class _Parsed:
                 raise mismatch(source, name, value, wanted)
             return value
 
-        need("format", lambda value: _is_whole(value) and value == FORMAT, f"{FORMAT}, what this version of input_workers writes")
+        need(
+            "format", lambda value: _is_whole(value) and value == FORMAT, f"{FORMAT}, what this version of input_workers writes"
+        )
         need("source", lambda value: value == source, repr(source))
         need("inputs", lambda value: value == list(inputs), list(inputs))
         identity = need("stream", lambda value: isinstance(value, Mapping), "what the Stream depends on")
@@ -200,12 +202,10 @@ def _dealt_anew(parsed: Sequence[_Parsed], source: str, stream: Stream, last_bat
                 for begin_at, stop_at in slice_of(layout, at, until):
                     add_span(remaining, min(begin_at, rows), min(stop_at, rows))  # what pads an epoch is not dealt again
         total = rows_of(remaining)
-        mine = share_of(total, *stream.shard, last_batch) if total else range(0)
-        left[epoch] = [  # beyond the last, the first are repeated
-            span
-            for at, until in cut_at(mine.start, mine.stop, max(total, 1))
-            for span in slice_of(remaining, at % total, at % total + until - at)
-        ] if mine else []
+        mine = share_of(total, *stream.shard, last_batch)
+        left[epoch] = []
+        for at, until in cut_at(mine.start, mine.stop, total) if mine else ():  # beyond the last, the first are repeated
+            left[epoch] += slice_of(remaining, at % total, at % total + until - at)
     return Position(first, {}, left, parsed[0].rows_per_request)
 
 

@@ -16,6 +16,7 @@ from gates import HANG_SECONDS, Gate, register
 from self_certifying import CertifiedFetch, check_batch
 
 import input_workers as iw
+from input_workers.coordinator.inline import InlineFetcher
 
 
 def end_of_data() -> Any:
@@ -178,9 +179,16 @@ def test_each_batch_goes_to_exactly_one_of_many_consumers(coordinator: iw.Global
 
 
 def test_an_inline_source_that_is_stopped_from_another_thread_while_it_sends_keeps_its_ledger(
-    coordinator: iw.GlobalCoordinator,
+    coordinator: iw.GlobalCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sending, go_on = threading.Event(), threading.Event()
+    sending, go_on, waiting = threading.Event(), threading.Event(), threading.Event()
+    join = InlineFetcher.join
+
+    def announced_join(self: InlineFetcher, deadline: float) -> Any:
+        waiting.set()
+        return join(self, deadline)
+
+    monkeypatch.setattr(InlineFetcher, "join", announced_join)
 
     class SlowFeed:
         chunk_alignment = 1
@@ -205,7 +213,7 @@ def test_an_inline_source_that_is_stopped_from_another_thread_while_it_sends_kee
         read = pool.submit(source.next_batch)
         assert sending.wait(HANG_SECONDS)
         stop = pool.submit(coordinator.stop, 0.2)
-        threading.Event().wait(0.05)  # long enough for the stop to get where it waits; shorter only tests less
+        assert waiting.wait(HANG_SECONDS)
         go_on.set()
         stop.result(HANG_SECONDS)
         with pytest.raises(iw.QueueClosed):

@@ -54,9 +54,11 @@ def test_a_chunk_that_comes_back_late_counts_as_stopped_and_never_enters_the_nex
 ) -> None:
     first, called, come_back = threading.Semaphore(1), threading.Event(), threading.Event()
     calls = itertools.count(1)
+    stuck: list[threading.Thread] = []
 
     def fetch(worker_id: int, batch_size: int) -> Any:
         if first.acquire(blocking=False):
+            stuck.append(threading.current_thread())
             called.set()
             stuck_in_here(come_back)
             return make_chunk(worker_id, 0, 4)
@@ -71,7 +73,9 @@ def test_a_chunk_that_comes_back_late_counts_as_stopped_and_never_enters_the_nex
     coordinator.start()
     source.next_batch()
     come_back.set()
-    await_true(lambda: source.stats().rows_dropped["stopped"] == 4, "the late chunk is accounted for")
+    stuck[0].join(HANG_SECONDS)
+    assert not stuck[0].is_alive()
+    assert source.stats().rows_dropped["stopped"] == 4, "the late chunk is accounted for"
     assert all((source.next_batch().data[:, 2] > 0).all() for _ in range(20)), "the late chunk came in"
 
 

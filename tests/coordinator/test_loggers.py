@@ -6,7 +6,7 @@ import threading
 from typing import Any
 
 import pytest
-from gates import HANG_SECONDS, await_true, register
+from gates import HANG_SECONDS, register
 from self_certifying import CertifiedFetch, Witness
 
 import input_workers as iw
@@ -168,7 +168,7 @@ def test_metrics_put_by_many_threads_while_loggers_read_are_all_counted(
     logger = Logger()
     source = register(coordinator, endless(), external_loggers=[logger])
     coordinator.start()
-    await_true(lambda: bool(logger.calls), "the logger's first call")
+    assert logger.logged.acquire(timeout=HANG_SECONDS), "the logger's first call"
 
     def put(thread: int) -> None:
         for number in range(200):

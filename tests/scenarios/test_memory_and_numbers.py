@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 PRELUDE = """
@@ -51,6 +52,42 @@ with coordinator:
 grown = peak() - before
 # One chunk in the queue, one in the fetcher's hands, the device queue's batches and two more; and what Python itself takes.
 bound = 2 * chunk + (4 + 2) * batch + (32 << 20)
+assert grown <= bound, (grown >> 20, bound >> 20)
+""")
+
+
+GIGABYTE = 1 << 30
+
+
+@pytest.mark.skipif(psutil.virtual_memory().available < 4 * GIGABYTE, reason="needs 4 GB of free memory")
+@pytest.mark.parametrize("keeps", [False, True], ids=["handed over", "kept by the function"])
+def test_a_chunk_of_a_gigabyte_costs_at_most_one_chunk_more_than_the_function_itself_holds(keeps: bool) -> None:
+    run(f"""
+BATCH, TIMES = 4, 100
+ROW = {GIGABYTE} // (BATCH * TIMES)
+def make_rows():
+    rows = np.ones((BATCH * TIMES, ROW), np.uint8)
+    rows[:, -1] = np.arange(BATCH * TIMES) % 256
+    return rows
+kept = make_rows() if {keeps} else None
+calls = []
+def fetch(worker_id, batch_size):
+    if calls:
+        raise iw.EndOfData
+    calls.append(1)
+    return [kept if {keeps} else make_rows()]
+coordinator = make(fetch, BATCH, max_buffered_batches=2)
+before = peak()
+rows = 0
+with coordinator:
+    for batch in coordinator["train"]:
+        assert batch.data[:, -1].tolist() == [(rows + row) % 256 for row in range(BATCH)]
+        assert batch.data[0, 0] == 1
+        rows += BATCH
+assert rows == BATCH * TIMES
+grown = peak() - before
+# The chunk, or the copy of the one that is kept; the device queue's batches and two more; and what Python itself takes.
+bound = (BATCH * TIMES + (4 + 2) * BATCH) * ROW + (32 << 20)
 assert grown <= bound, (grown >> 20, bound >> 20)
 """)
 
