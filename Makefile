@@ -1,7 +1,7 @@
 # make run    trains on the handwritten digits; CONFIG=configs/image_folder.toml trains on images of yours
 # make test   runs every test, in random order; PYTEST_ARGS="-m 'not tensorflow'" runs some
 # make lint   ruff and mypy
-# make bench  measures the core against the limits of this machine
+# make bench  measures the core, streams and processes against the limits of this machine, and against peers
 # make clean  removes what these have made
 #
 # Only Python 3.11 (or newer), pip, make and git are needed. The first call of a target makes a virtual environment in
@@ -30,7 +30,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/input-workers bench core
+	$(BIN)/input-workers bench core; $(BIN)/input-workers bench streams; $(BIN)/input-workers bench processes
 
 # One stamp for each set of packages. The build tools are pinned too, so they come first and nothing else builds.
 $(VENV)/.tools: constraints.txt

@@ -1,4 +1,4 @@
-"""The command line: `input-workers train | check | bench`. Arguments go in, an exit code comes out.
+"""The command line: `input-workers train | check | verify-resume | bench`. Arguments go in, an exit code comes out.
 
 0: done. 1: it failed, or the configuration has faults; the message says why. 2: the command line is wrong.
 130: interrupted by Ctrl-C.
@@ -10,8 +10,12 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from input_workers.errors import ConfigError, InputWorkersError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["main"]
 
@@ -23,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         if parsed.command == "train":
-            return _train(parsed.config)
+            return _train(parsed.config, parsed.resume)
         if parsed.command == "check":
             return _check(parsed.config)
+        if parsed.command == "verify-resume":
+            return _verify_resume(parsed.config, parsed.at)
         return _bench(parsed.benchmark, parsed.only)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -43,25 +49,42 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train the model of a configuration, and show where rows and time went")
     train.add_argument("config", metavar="CONFIG.toml")
+    train.add_argument("--resume", action="store_true", help="go on from the latest checkpoint in checkpoint.folder")
     check = commands.add_parser("check", help="say what is wrong with a configuration, everything at once")
     check.add_argument("config", metavar="CONFIG.toml")
+    verify = commands.add_parser("verify-resume", help="read both sources whole, and again with stops: do the same rows come?")
+    verify.add_argument("config", metavar="CONFIG.toml")
+    verify.add_argument(
+        "--at", type=int, action="append", required=True, metavar="BATCH", help="stop after so many batches; may be repeated"
+    )
     bench = commands.add_parser("bench", help="measure the package against the limits of this machine")
-    bench.add_argument("benchmark", choices=["core"])
+    bench.add_argument("benchmark", choices=["core", "processes", "streams"])
     bench.add_argument("only", nargs="?", help="run only those whose name contains this")
-    for command in (train, check, bench):  # after the command too; left out there, it does not undo the first
+    for command in (train, check, verify, bench):  # after the command too; left out there, it does not undo the first
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
-def _train(path: str) -> int:
-    from rich.console import Console
-
+def _train(path: str, resume: bool) -> int:
     from input_workers.config import load_config
     from input_workers.jobs.train import train
 
-    # Names of files and classes are shown as they are, and lines are cut by nobody.
-    train(load_config(path), Console(highlight=False, markup=False, emoji=False, soft_wrap=True))
+    train(load_config(path), _console(), resume=resume)
     return 0
+
+
+def _verify_resume(path: str, at: Sequence[int]) -> int:
+    from input_workers.config import load_config
+    from input_workers.jobs.verify_resume import verify_resume
+
+    return 0 if verify_resume(load_config(path), at, _console()) else FAILED
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # Names of files and classes are shown as they are, and lines are cut by nobody.
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _check(path: str) -> int:

@@ -8,14 +8,28 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
+import typing
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
 
 from input_workers.errors import ConfigError
+from input_workers.policy import ErrorPolicy
 
-__all__ = ["DIGITS", "KERAS_MODELS", "SMALL_CNN", "Config", "Metrics", "Model", "TestSource", "TrainSource", "load_config"]
+__all__ = [
+    "DIGITS",
+    "KERAS_MODELS",
+    "SMALL_CNN",
+    "Checkpoint",
+    "Config",
+    "Metrics",
+    "Model",
+    "OnError",
+    "TestSource",
+    "TrainSource",
+    "load_config",
+]
 
 SMALL_CNN = "small_cnn"
 # The image models of keras.applications. Listed, so that a configuration is checked without loading Keras.
@@ -49,8 +63,47 @@ def _folder(folder: str, info: ValidationInfo) -> str:
     return os.path.abspath(path)
 
 
+def _new_path(path: str, info: ValidationInfo) -> str:
+    if not path or "\0" in path:
+        raise ValueError("wanted a path")
+    return os.path.abspath(os.path.join(info.context or "", os.path.expanduser(path)))
+
+
+def _new_folder(folder: str, info: ValidationInfo) -> str:
+    """Return an absolute path, of a folder or of nothing yet."""
+    path = _new_path(folder, info)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ValueError(f"{path!r} is no folder; wanted one, or a name that is free")
+    return path
+
+
+def _max_errors(value: Any, info: ValidationInfo) -> int | float:
+    if isinstance(value, bool) or not (
+        (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0.0 <= value <= 1.0)
+    ):
+        raise ValueError("wanted a count of rows, or a share from 0.0 to 1.0 of those tried")
+    _only_with_skip(info)
+    return value
+
+
+def _quarantine(value: str | None, info: ValidationInfo) -> str | None:
+    if value is None:
+        return None
+    path = _new_path(value, info)
+    if not os.path.isdir(os.path.dirname(path)) or os.path.isdir(path):
+        raise ValueError(f"{path!r} cannot be a file; wanted the path of one in a folder that is there")
+    _only_with_skip(info)
+    return path
+
+
+def _only_with_skip(info: ValidationInfo) -> None:
+    if not info.data.get("skip", True):  # a wrong `skip` is a fault of its own
+        raise ValueError("it says what may be skipped; wanted skip = true with it")
+
+
 # The description of a field says what is wanted in it; messages quote it.
-_Count = Annotated[int, Field(ge=1, le=1_000_000, description="a whole number from 1 to 1000000")]
+COUNT_WANTED = "a whole number from 1 to 1000000"
+_Count = Annotated[int, Field(ge=1, le=1_000_000, description=COUNT_WANTED)]
 _Workers = Annotated[int, Field(ge=0, le=4096, description="a whole number from 0 (in the trainer's own thread) to 4096")]
 _Folder = Annotated[
     str,
@@ -86,7 +139,8 @@ class TestSource(_Section):
     Attributes:
         folder: holds a folder of images for each class; "digits:test" is made at first use.
         batch_size: rows of a batch.
-        workers: threads that decode.
+        workers: how many read and decode.
+        fetchers: what they are: "thread" or "process". Decoding frees the interpreter lock, so threads are enough for it.
     """
 
     __test__ = False  # for pytest, which collects what is called Test
@@ -94,6 +148,29 @@ class TestSource(_Section):
     folder: _Folder
     batch_size: _Count = 64
     workers: _Workers = 2
+    fetchers: Annotated[Literal["thread", "process"], Field(description="'thread' or 'process'")] = "thread"
+
+
+class OnError(_Section):
+    """[train.on_error]: as `iw.ErrorPolicy`, which says more.
+
+    Attributes:
+        retries: how often a failed read is tried again.
+        backoff_s: wait before the first retry, in seconds, doubled for each.
+        skip: skip rows that cannot be read, instead of ending the training.
+        max_errors: how many may be skipped: a count, or a share such as 0.01; None: any number.
+        quarantine: a file to which what was skipped is appended, a line of JSON each time.
+    """
+
+    retries: Annotated[int, Field(ge=0, le=1000, description="a whole number from 0 to 1000")] = 0
+    backoff_s: Annotated[float, Field(ge=0, le=3600, description="seconds, from 0 to 3600")] = 0.1
+    skip: Annotated[bool, Field(description="true or false")] = False
+    max_errors: Annotated[int | float | None, PlainValidator(_max_errors), Field(description="a count or a share")] = None
+    quarantine: Annotated[str | None, AfterValidator(_quarantine), Field(description="the path of a file")] = None
+
+    def policy(self) -> ErrorPolicy:
+        """Return it for the input service."""
+        return ErrorPolicy(**self.model_dump())
 
 
 class TrainSource(TestSource):
@@ -101,9 +178,29 @@ class TrainSource(TestSource):
 
     Attributes:
         epochs: how often to go through it.
+        ordered: the same batches, in the same order, at each run, whichever worker is faster.
+        on_error: what becomes of rows that cannot be read.
     """
 
     epochs: _Count = 1
+    ordered: Annotated[bool, Field(description="true or false")] = False
+    on_error: Annotated[OnError, Field(description="a section [train.on_error]")] = OnError()
+
+
+class Checkpoint(_Section):
+    """[checkpoint]: where `--resume` goes on. Without this section nothing is saved.
+
+    Attributes:
+        folder: of the checkpoints of this training alone; made at the first one.
+        every_epochs: after so many epochs, and after the last.
+        every_batches: after so many training steps too; None: only at the ends of epochs.
+        keep: how many are kept, the latest.
+    """
+
+    folder: Annotated[str, AfterValidator(_new_folder), Field(description="a folder, which may not be there yet")]
+    every_epochs: _Count = 1
+    every_batches: Annotated[_Count | None, Field(description=COUNT_WANTED)] = None
+    keep: _Count = 3
 
 
 class Metrics(_Section):
@@ -130,6 +227,7 @@ class Config(_Section):
     train: Annotated[TrainSource, Field(description="a section [train]")]
     test: Annotated[TestSource, Field(description="a section [test]")]
     metrics: Annotated[Metrics, Field(description="a section [metrics]")] = Metrics()
+    checkpoint: Annotated[Checkpoint | None, Field(description="a section [checkpoint]")] = None
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -176,8 +274,8 @@ def _section(location: tuple[str | int, ...]) -> type[BaseModel]:
     section: type[BaseModel] = Config
     for part in location:
         annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)  # noqa: S101  only sections have keys
-        section = annotation
+        choices = [annotation, *typing.get_args(annotation)]  # of `Checkpoint | None` too
+        section = next(each for each in choices if isinstance(each, type) and issubclass(each, BaseModel))
     return section
 
 

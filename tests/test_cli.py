@@ -43,9 +43,9 @@ def test_check_names_every_fault_and_exits_with_1(config, capsys):
     assert shown.err.count("is missing") == 2
 
 
-@pytest.mark.parametrize("command", ["train", "check"])
+@pytest.mark.parametrize("command", ["train", "train --resume", "check", "verify-resume --at 1"])
 def test_a_missing_configuration_is_an_error_with_exit_code_1(command, tmp_path, capsys):
-    assert main([command, str(tmp_path / "none.toml")]) == 1
+    assert main([*command.split(), str(tmp_path / "none.toml")]) == 1
     shown = capsys.readouterr().err
     assert shown.startswith("error: ")
     assert "none.toml: cannot be read: No such file or directory" in shown
@@ -57,10 +57,23 @@ def test_debug_shows_the_traceback(arguments, tmp_path):
         main([*arguments, str(tmp_path / "none.toml")])
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "a", "b"], ["bench", "none"], ["--nonsense"]])
-def test_a_wrong_command_line_exits_with_2_and_shows_the_usage(arguments, capsys):
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "fly",
+        "train",
+        "train a b",
+        "bench none",
+        "--nonsense",
+        "verify-resume a",
+        "verify-resume a --at x",
+        "check a --resume",
+    ],
+)
+def test_a_wrong_command_line_exits_with_2_and_shows_the_usage(line, capsys):
     with pytest.raises(SystemExit) as caught:
-        main(arguments)
+        main(line.split())
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("usage: input-workers")
 
@@ -70,7 +83,7 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     assert caught.value.code == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("train", "check", "bench"))
+    assert all(command in shown for command in ("train", "check", "verify-resume", "bench"))
 
 
 def test_it_is_a_module_to_run_too():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import input_workers as iw
-from input_workers.config import KERAS_MODELS, Metrics, load_config
+from input_workers.config import KERAS_MODELS, Checkpoint, Metrics, load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -62,6 +62,30 @@ def test_values_and_defaults_are_read(load):
     assert (config.train.folder, config.train.batch_size, config.train.epochs) == ("digits:train", 8, 3)
     assert (config.test.batch_size, config.test.workers) == (64, 2)
     assert config.metrics == Metrics(port=0, host="127.0.0.1")
+    assert config.checkpoint is None
+    assert config.train.ordered is False
+    assert config.train.on_error.policy() == iw.ErrorPolicy()
+
+
+def test_checkpoints_are_relative_to_the_file_and_need_not_be_there(load, tmp_path):
+    assert load(GOOD + '[checkpoint]\nfolder = "a/b"\n').checkpoint == Checkpoint(folder=str(tmp_path / "a" / "b"))
+    config = load(GOOD + '[checkpoint]\nfolder = "."\nevery_batches = 5\nevery_epochs = 2\nkeep = 1\n')
+    checkpoint = config.checkpoint
+    assert (checkpoint.folder, checkpoint.every_batches, checkpoint.every_epochs) == (str(tmp_path), 5, 2)
+    assert checkpoint.keep == 1
+    assert [*tmp_path.iterdir()] == [tmp_path / "job.toml"]
+
+
+def test_what_becomes_of_errors_is_the_error_policy(load, tmp_path):
+    config = load(
+        GOOD.replace("[test]", "ordered = true\n[train.on_error]\nretries = 2\nbackoff_s = 1\nskip = true\n"
+        'max_errors = 0.5\nquarantine = "bad.jsonl"\n[test]')
+    )  # fmt: skip
+    assert config.train.ordered is True
+    quarantine = str(tmp_path / "bad.jsonl")
+    assert config.train.on_error.policy() == iw.ErrorPolicy(2, 1.0, skip=True, max_errors=0.5, quarantine=quarantine)
+    with_count = load(GOOD.replace("[test]", "[train.on_error]\nskip = true\nmax_errors = 1\n[test]"))
+    assert type(with_count.train.on_error.policy().max_errors) is int
 
 
 def test_folders_are_relative_to_the_file_and_may_begin_at_home(load, tmp_path, monkeypatch):
@@ -71,7 +95,7 @@ def test_folders_are_relative_to_the_file_and_may_begin_at_home(load, tmp_path, 
     assert (config.train.folder, config.test.folder) == (str(tmp_path / "a" / "b"), str(tmp_path / "a"))
 
 
-def test_all_faults_are_named_at_once_each_with_its_path(load):
+def test_all_faults_are_named_at_once_each_with_its_path(load, tmp_path):
     text = """
     sed = 1
     [model]
@@ -84,10 +108,26 @@ def test_all_faults_are_named_at_once_each_with_its_path(load):
     batch_size = -1
     workers = true
     epochs = "3"
+    ordered = 1
+    [train.on_error]
+    retries = -1
+    backoff_s = inf
+    skip = "no"
+    max_errors = 1.5
+    quarantine = "nowhere/bad.jsonl"
+    retry = 1
     [metrics]
     port = 65536
+    [checkpoint]
+    every_batches = 0
+    every_epoch = 1
+    keep = "3"
     """
     assert faults(load, text) == [
+        "checkpoint.every_batches: got 0; wanted a whole number from 1 to 1000000",
+        "checkpoint.every_epoch: is unknown; did you mean 'every_epochs'?",
+        "checkpoint.folder: is missing; wanted a folder, which may not be there yet",
+        "checkpoint.keep: got '3'; wanted a whole number from 1 to 1000000",
         "metrics.port: got 65536; wanted a port, from 0 (any that is free) to 65535",
         "model.image_size: got [16]; wanted [height, width], each from 1 to 8192 pixels",
         "model.learning_rate: got nan; wanted a number above 0, at most 10",
@@ -98,6 +138,14 @@ def test_all_faults_are_named_at_once_each_with_its_path(load):
         "train.batchsize: is unknown; did you mean 'batch_size'?",
         "train.epochs: got '3'; wanted a whole number from 1 to 1000000",
         "train.folder: got 'digits:trian'; did you mean 'digits:train'?",
+        "train.on_error.backoff_s: got inf; wanted seconds, from 0 to 3600",
+        "train.on_error.max_errors: got 1.5; wanted a count of rows, or a share from 0.0 to 1.0 of those tried",
+        f"train.on_error.quarantine: got 'nowhere/bad.jsonl'; {str(tmp_path / 'nowhere' / 'bad.jsonl')!r} cannot be a file; "
+        "wanted the path of one in a folder that is there",
+        "train.on_error.retries: got -1; wanted a whole number from 0 to 1000",
+        "train.on_error.retry: is unknown; did you mean 'retries'?",
+        "train.on_error.skip: got 'no'; wanted true or false",
+        "train.ordered: got 1; wanted true or false",
         "train.workers: got True; wanted a whole number from 0 (in the trainer's own thread) to 4096",
     ]
 
@@ -118,6 +166,13 @@ def test_all_faults_are_named_at_once_each_with_its_path(load):
         ("[test]", "[test.more]", "test.folder: is missing; wanted a folder"),
         ("[test]", "[[test]]", "test: got [{'folder': 'digits:test'}]; wanted a section [test]"),
         ("seed = 7", "metrics = 3", "metrics: got 3; wanted a section [metrics]"),
+        ("seed = 7", "checkpoint = 3", "checkpoint: got 3; wanted a section [checkpoint]"),
+        ("seed = 7", 'checkpoint.folder = "job.toml"', "checkpoint.folder: got 'job.toml'; '"),
+        ("seed = 7", 'checkpoint.folder = ""', "checkpoint.folder: got ''; wanted a path"),
+        ("epochs = 3", "on_error = true", "train.on_error: got True; wanted a section [train.on_error]"),
+        ("epochs = 3", "on_error.max_errors = 3", "train.on_error.max_errors: got 3; it says what may be skipped; wanted skip"),
+        ("epochs = 3", "on_error = {skip = true, max_errors = true}", "train.on_error.max_errors: got True; wanted a count"),
+        ("epochs = 3", "on_error.quarantine = 'x'", "train.on_error.quarantine: got 'x'; it says what may be skipped; wanted"),
         ("seed = 7", f'seed = "{"x" * 1000}"', f"seed: got '{'x' * 199}...; wanted a whole number"),
     ],
 )

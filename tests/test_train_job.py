@@ -92,6 +92,17 @@ def test_the_digits_are_learnt_and_every_row_is_accounted_for(config):
     assert len(epochs) == 12
 
 
+def test_worker_processes_read_the_same_rows(config):
+    path = Path(config(epochs=2))
+    path.write_text(path.read_text().replace("workers = 2", 'workers = 2\nfetchers = "process"'))
+    with child("train", str(path)) as job:
+        out, err = job.communicate(timeout=LIMIT_SECONDS)
+    assert job.returncode == 0, err
+    assert "Traceback" not in err
+    assert "train: 2874 rows fetched = 2816 delivered + 0 in flight + 58 dropped (58 final_partial)" in out
+    assert "test: 720 rows fetched = 720 delivered + 0 in flight + 0 dropped" in out
+
+
 def test_metrics_can_be_read_while_it_trains_and_ctrl_c_ends_it_cleanly(config):
     lines = []
     with child("train", config(epochs=1000)) as job:

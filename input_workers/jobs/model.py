@@ -6,15 +6,21 @@ Imports TensorFlow and Keras.
 from __future__ import annotations
 
 import sys
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from input_workers.config import SMALL_CNN, Model
-from input_workers.errors import ConfigError
+from input_workers.errors import ConfigError, StateMismatch
 
 __all__ = ["Trainer"]
+
+# The files of a checkpoint that are the trainer's.
+MODEL, TRAINING = "model.keras", "training.npz"
 
 
 class Trainer:
@@ -29,6 +35,8 @@ class Trainer:
     Raises:
         ConfigError: Keras refuses the model, for example because the pictures are too small for it.
     """
+
+    feed = "tensorflow"  # where its batches must be
 
     def __init__(self, model: Model, classes: int, steps: int, seed: int) -> None:
         if keras.backend.backend() != "tensorflow":
@@ -74,6 +82,37 @@ class Trainer:
         """Begin loss and accuracy anew."""
         self._loss.reset_state()
         self._accuracy.reset_state()
+
+    def save(self, folder: Path) -> None:
+        """Write all that it is to two files: the model, and what is beside it. Raises OSError."""
+        self._model.save(folder / MODEL)
+        np.savez(folder / TRAINING, **{name: variable.numpy() for name, variable in self._beside_the_model().items()})
+
+    def load(self, folder: Path) -> None:
+        """Become what was saved. Raises StateMismatch, naming the file, if that was another model or optimizer."""
+        path = folder / MODEL
+        try:
+            self._model.load_weights(path)
+            path = folder / TRAINING
+            wanted = self._beside_the_model()
+            with np.load(path, allow_pickle=False) as saved:
+                if set(saved) != set(wanted):
+                    raise ValueError(f"it holds {len(saved)} arrays; wanted {len(wanted)}, {', '.join(wanted)}")
+                for name, variable in wanted.items():
+                    variable.assign(saved[name])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise StateMismatch(f"{path}: does not fit the model of the configuration: {error}") from error
+
+    def _beside_the_model(self) -> dict[str, Any]:
+        """Return what a step changes beside the weights, by name: optimizer, seeds of dropout, loss and accuracy so far."""
+        weights = {id(variable) for variable in self._model.weights}
+        groups = {
+            "seed": [variable for variable in self._model.variables if id(variable) not in weights],
+            "optimizer": self._optimizer.variables,
+            "loss": self._loss.variables,
+            "accuracy": self._accuracy.variables,
+        }
+        return {f"{group}-{number}": each for group, variables in groups.items() for number, each in enumerate(variables)}
 
 
 def _small_cnn(shape: tuple[int, ...], classes: int) -> tuple[Any, Any]:

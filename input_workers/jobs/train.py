@@ -6,16 +6,19 @@ import contextlib
 import importlib.util
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import input_workers as iw
-from input_workers.config import DIGITS, Config, TestSource
-from input_workers.errors import ConfigError
-from input_workers.jobs.digits import write_digits
+from input_workers.config import Config
+from input_workers.errors import ConfigError, StateMismatch
+from input_workers.jobs.checkpoint import INPUT, Checkpoint, Checkpoints, job_of
+from input_workers.jobs.streams import add_source, batches_in, open_folders
 
 __all__ = ["Result", "train"]
 
@@ -39,118 +42,141 @@ class Result:
     stats: dict[str, iw.SourceStats]
 
 
-def train(config: Config, console: Console) -> Result:
+def train(
+    config: Config, console: Console, *, resume: bool = False, on_batch: Callable[[int, Any], object] | None = None
+) -> Result:
     """Run the job; what it prints goes to the console.
+
+    Args:
+        config: of the job.
+        console: where to print.
+        resume: go on where the latest checkpoint was made, as if nothing had been: with `train.ordered` the same batches
+            in the same order follow, else the same rows in each epoch.
+        on_batch: called with the number of each training step, from 1, and its batch, before the step.
 
     Raises:
         ConfigError: a folder does not fit, or something is not installed.
+        StateMismatch: the checkpoint is of another job, or was changed.
         InputWorkersError: a source broke; an image that cannot be read is named.
     """
     for package in DEMO_PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"this job needs {package}: pip install input-workers[demo]")
-    folders = {"train": _open_folder(config, config.train), "test": _open_folder(config, config.test)}
-    classes = folders["train"].class_names
-    _check_folders(config, folders)
+    folders = open_folders(config)
     for name, folder in folders.items():
         console.print(f"{name}: {len(folder):,} images of {len(folder.class_names)} classes in {folder.path}")
-    console.print("loading TensorFlow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only: its greetings would hide ours
-    from input_workers.jobs.model import Trainer
-
-    steps = len(folders["train"]) // config.train.batch_size
-    trainer = Trainer(config.model, len(classes), steps * config.train.epochs, config.seed)
-    coordinator = iw.GlobalCoordinator()
-    _add_source(coordinator, config, "train", config.train, folders["train"])
-    _add_source(coordinator, config, "test", config.test, folders["test"])
     with contextlib.ExitStack() as stack:
+        checkpoints, begin = None, Checkpoint()
+        if resume or config.checkpoint is not None:
+            checkpoints = stack.enter_context(Checkpoints(config, job_of(config, folders)))
+            begin = checkpoints.begin(resume)
+        if resume and begin.folder is None and checkpoints is not None:
+            console.print(f"no checkpoint in {checkpoints.folder}: beginning at the beginning")
+        elif begin.folder is not None:
+            console.print(f"resuming in epoch {begin.epoch + 1} after step {begin.step:,}, from {begin.folder}")
+        console.print("loading TensorFlow")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only: its greetings would hide ours
+        from input_workers.jobs.model import Trainer
+
+        steps = batches_in(config, "train", len(folders["train"]))
+        trainer = Trainer(config.model, len(folders["train"].class_names), steps * config.train.epochs, config.seed)
+        coordinator = iw.GlobalCoordinator()
+        for name, folder in folders.items():
+            add_source(coordinator, trainer.feed, config, name, folder)
+        if begin.folder is not None:
+            trainer.load(begin.folder)
+            _load_input(coordinator, begin.folder / INPUT)
         server = iw.serve_metrics(config.metrics.port, config.metrics.host, coordinator)
         stack.callback(server.close)
         console.print(f"metrics: {server.url}/metrics")
         stack.enter_context(coordinator)
         started = time.monotonic()
-        accuracy = _train_epochs(config, console, coordinator, trainer, steps)
+        job = _Job(config, console, coordinator, trainer, checkpoints, steps, on_batch)
+        accuracy = job.run(begin)
         seconds = time.monotonic() - started
     result = Result(accuracy, seconds, coordinator.stats())
     _report(console, config, result)
     return result
 
 
-def _open_folder(config: Config, source: TestSource) -> Any:
-    path = str(write_digits() / DIGITS[source.folder]) if source.folder in DIGITS else source.folder
-    height, width = config.model.image_size
-    return iw.sources.ImageFolder(path, image_size=(height, width))
+def _load_input(coordinator: iw.GlobalCoordinator, path: Path) -> None:
+    try:
+        coordinator.load_state(path)
+    except StateMismatch as error:
+        raise StateMismatch(f"{path}: {error}") from error
 
 
-def _check_folders(config: Config, folders: dict[str, Any]) -> None:
-    train, test = folders["train"], folders["test"]
-    if train.class_names != test.class_names:
-        only = {
-            "train.folder": sorted(set(train.class_names) - set(test.class_names)),
-            "test.folder": sorted(set(test.class_names) - set(train.class_names)),
-        }
-        differing = ", ".join(f"{names} only in {key}" for key, names in only.items() if names)
-        raise ConfigError(f"train.folder and test.folder: wanted the same classes in both; got {differing}")
-    if len(train) < config.train.batch_size:
-        raise ConfigError(
-            f"train.batch_size: got {config.train.batch_size}; wanted at most {len(train)}, the number of images in "
-            f"{train.path!r}"
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A training whose sources have been started."""
+
+    config: Config
+    console: Console
+    coordinator: iw.GlobalCoordinator
+    trainer: Any
+    checkpoints: Checkpoints | None
+    steps: int  # of an epoch
+    on_batch: Callable[[int, Any], object] | None
+
+    def run(self, begin: Checkpoint) -> float:
+        """Train, evaluating after every epoch; return the last test accuracy."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
         )
+        epochs, accuracy, step = self.config.train.epochs, 0.0, begin.step
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            bar = progress.add_task("training", total=self.steps * epochs, completed=step, numbers="")
+            for epoch in range(begin.epoch, epochs):
+                progress.update(bar, description=f"epoch {epoch + 1}/{epochs}")
+                if epoch > begin.epoch or not begin.trained:
+                    step = self._train_epoch(epoch, step, progress, bar)
+                numbers = self._numbers()
+                self.trainer.forget()
+                for image, label in self.coordinator["test"]:
+                    self.trainer.evaluate(image, label)
+                _, accuracy = self.trainer.reached()
+                self.trainer.forget()
+                self.console.print(f"epoch {epoch + 1:2}/{epochs}: {numbers}, test accuracy {accuracy:.1%}")
+        return accuracy
 
+    def _train_epoch(self, epoch: int, step: int, progress: Progress, bar: Any) -> int:
+        """Train what is left of an epoch; return the number of the last step."""
+        shown = 0.0
+        for batch in self.coordinator["train"]:
+            step += 1
+            if self.on_batch is not None:
+                self.on_batch(step, batch)
+            self.trainer.train(*batch)
+            self._save(Checkpoint(None, step, epoch))
+            progress.advance(bar)
+            if time.monotonic() - shown >= SHOW_SECONDS:
+                progress.update(bar, numbers=self._numbers())
+                shown = time.monotonic()
+        self._save(Checkpoint(None, step, epoch, trained=True))
+        return step
 
-def _add_source(coordinator: iw.GlobalCoordinator, config: Config, name: str, source: TestSource, folder: Any) -> None:
-    training = name == "train"
-    stream = iw.Stream(folder, shuffle=training, seed=config.seed, epochs=config.train.epochs, epoch_end="break")
-    iw.init_data_input_workers(
-        "tensorflow",
-        ["image", "label"],
-        stream,
-        source.batch_size,
-        source.workers,
-        name,
-        last_batch="drop" if training else "keep",
-        coordinator=coordinator,
-    )
+    def _save(self, at: Checkpoint) -> None:
+        """Save a checkpoint, if one is due. Between two batches the input has delivered what the model has learnt."""
+        if self.checkpoints is None or not self.checkpoints.due(at.step, at.epoch, at.trained):
+            return
 
+        def write(folder: Path) -> None:
+            self.trainer.save(folder)
+            self.coordinator.save_state(folder / INPUT)
 
-def _train_epochs(config: Config, console: Console, coordinator: iw.GlobalCoordinator, trainer: Any, steps: int) -> float:
-    """Train, evaluating after every epoch; return the last test accuracy."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeElapsedColumn(),
-    )
-    epochs, accuracy = config.train.epochs, 0.0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training", total=steps * epochs, numbers="")
-        for epoch in range(1, epochs + 1):
-            progress.update(bar, description=f"epoch {epoch}/{epochs}")
-            trainer.forget()
-            shown = 0.0
-            for image, label in coordinator["train"]:
-                trainer.train(image, label)
-                progress.advance(bar)
-                if time.monotonic() - shown >= SHOW_SECONDS:
-                    progress.update(bar, numbers=_numbers(trainer, coordinator))
-                    shown = time.monotonic()
-            numbers = _numbers(trainer, coordinator)
-            trainer.forget()
-            for image, label in coordinator["test"]:
-                trainer.evaluate(image, label)
-            _, accuracy = trainer.reached()
-            console.print(f"epoch {epoch:2}/{epochs}: {numbers}, test accuracy {accuracy:.1%}")
-    return accuracy
+        self.checkpoints.save(at, write)
 
-
-def _numbers(trainer: Any, coordinator: iw.GlobalCoordinator) -> str:
-    loss, accuracy = trainer.reached()
-    stats = coordinator["train"].stats()
-    return (
-        f"loss {loss:.4f}, accuracy {accuracy:.1%}, {stats.inputs_per_second:,.0f} inputs/sec, "
-        f"queue depth {stats.queue_depth:.1f}"
-    )
+    def _numbers(self) -> str:
+        loss, accuracy = self.trainer.reached()
+        stats = self.coordinator["train"].stats()
+        return (
+            f"loss {loss:.4f}, accuracy {accuracy:.1%}, {stats.inputs_per_second:,.0f} inputs/sec, "
+            f"queue depth {stats.queue_depth:.1f}"
+        )
 
 
 def _report(console: Console, config: Config, result: Result) -> None:
