@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from input_workers.errors import ConfigError, FetchFailed, describe
 
-__all__ = ["ErrorPolicy", "Quarantine", "QuarantinedRows"]
+__all__ = ["ErrorPolicy", "Quarantine", "QuarantinedRows", "TooManySkipped"]
 
 log = logging.getLogger("input_workers")
 
@@ -39,7 +39,8 @@ class ErrorPolicy:
         retries: how often a failed call is made again.
         backoff_s: wait before the first retry, in seconds, doubled for each, less a random part of up to a half.
         max_backoff_s: the longest wait.
-        skip: skip what failed instead of raising: of a Stream the rows that fail, of a plain function the call.
+        skip: skip what failed instead of raising: of a Stream the rows that fail, of a plain function the call. A call
+            that hangs (`fetch_timeout_s`) leaves its thread behind each time: give max_errors too.
         max_errors: how many rows (calls, for a plain function) may be skipped: a count, of which exactly that many pass,
             or a share (a float from 0 to 1) of those tried, judged after 100 calls; None: any number.
         quarantine: a JSON-lines file, appended to, a line for all that was skipped at once.
@@ -83,7 +84,7 @@ class ErrorPolicy:
     def wait_seconds(self, tries: int) -> float:
         """Return how long to wait after so many failed tries, from 1."""
         longest = min(self.max_backoff_s, self.backoff_s * 2.0 ** min(tries - 1, 1000))
-        return longest * random.uniform(0.5, 1.0)  # noqa: S311  so that fetchers do not come back all at once
+        return longest * random.uniform(0.5, 1.0)  # so that fetchers do not come back all at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +107,10 @@ class QuarantinedRows:
     error: str
 
 
+class TooManySkipped(FetchFailed):
+    """More failed than may be skipped. Its `__cause__` is the last error; users see a FetchFailed."""
+
+
 class Quarantine:
     """Counts what a source skipped, over all its runs, and says when it is too much. Thread-safe.
 
@@ -124,7 +129,7 @@ class Quarantine:
         self._lock = threading.Lock()
         self._skipped = 0
         self._latest: collections.deque[QuarantinedRows] = collections.deque(maxlen=KEPT_IN_QUARANTINE)
-        self._warned = -math.inf
+        self._warned = self._complained = -math.inf
         self._unwarned = 0
 
     @property
@@ -138,15 +143,16 @@ class Quarantine:
         path = self._policy.quarantine
         if path is not None:
             try:
-                with open(path, "ab"):
-                    pass
-            except OSError as error:
+                # Not blocking: a pipe that nobody reads is an error here, not a wait.
+                os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666))
+            except (OSError, ValueError) as error:
                 raise ConfigError(f"ErrorPolicy: quarantine: {error}; wanted a file that can be written") from error
 
     def skip(self, entry: QuarantinedRows, count: int, error: BaseException) -> None:
-        """Account for `count` more. Raises FetchFailed, from the error, if that is more than may be skipped."""
-        tried, calls = self._tried()
+        """Account for `count` more. Raises TooManySkipped, from the error, if that is more than may be skipped."""
         most = self._policy.max_errors
+        tried, calls = self._tried() if isinstance(most, float) else (0, 0)
+        tried += count  # these are not counted yet
         with self._lock:
             skipped = self._skipped + count
             if isinstance(most, float):
@@ -164,12 +170,12 @@ class Quarantine:
                     news, self._unwarned = self._unwarned, 0
         if over:
             limit = f"{most:.2%} of {tried} tried" if isinstance(most, float) else f"{most}"
-            raise FetchFailed(
+            raise TooManySkipped(
                 f"source {self._source!r}: {skipped} failed, more than may be skipped (max_errors: {limit})"
             ) from error
         if warn:
             more = f" ({news} such since the last of these lines)" if news > 1 else ""
-            log.warning("source %r: skipped %d so far, now %s%s", self._source, skipped, entry, more)
+            log.warning("source %r: skipped %d so far, now %.500s%s", self._source, skipped, entry, more)
         self._write(entry)
 
     def _write(self, entry: QuarantinedRows) -> None:
@@ -182,4 +188,10 @@ class Quarantine:
             with open(path, "ab", buffering=0) as file:
                 file.write(line.encode())
         except OSError as error:  # the rows are in the ledger and in stats(): no reason to end a training
-            log.error("source %r: cannot write to the quarantine file: %s", self._source, describe(error))
+            now = time.monotonic()
+            with self._lock:
+                complain = now - self._complained >= WARNING_SECONDS
+                if complain:
+                    self._complained = now
+            if complain:
+                log.error("source %r: cannot write to the quarantine file: %s", self._source, describe(error))

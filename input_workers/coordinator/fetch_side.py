@@ -98,6 +98,7 @@ class FetchSide:
                 first=position.first,
                 done=position.done,
                 lend=self._lend,
+                deals_again=not workers,
             )
             requests_in = calls.requests_in if stream.epoch_end == "break" else None
         else:

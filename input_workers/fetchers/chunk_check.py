@@ -171,7 +171,7 @@ class ChunkCheck:
         Every number of rows comes a first time in every fetcher: the closer look costs ten times as much.
         """
         layouts = self._layouts
-        shapes = []
+        shapes: list[tuple[int, ...]] = []
         rows = 0
         if type(result) not in (list, tuple) or len(result) != len(layouts) or len(layouts[0][1]) >= MAX_KNOWN_SHAPES:
             return 0

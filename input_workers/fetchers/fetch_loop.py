@@ -102,7 +102,7 @@ def fetch_failure(source: str, recorder: FetcherRecorder, error: BaseException) 
     if isinstance(error, (FetchTimeout, WorkerDied)):  # of a worker process, in its own words
         return Failure(type(error), str(error), error.__cause__, notes)
     if isinstance(error, TooManySkipped):  # the last of what was to be skipped is the cause
-        return Failure(FetchFailed, f"{error}: {describe(error.__cause__)}", error.__cause__, notes)
+        return Failure(FetchFailed, f"{error}: {describe(error.__cause__ or error)}", error.__cause__, notes)
     return Failure(FetchFailed, f"{where}: {describe(error)}", error, notes)
 
 
@@ -148,6 +148,8 @@ def fetch_loop(
     clock, rows_of, offer, pack = time.monotonic, check.rows_of, chunks.offer, chunks.pack
     owns_results = getattr(calls, "owns_results", False)
     can_be_abandoned = recovery is not None and recovery.abandons
+    deal: Callable[[int], FetchRequest] | None = getattr(calls, "deal", None)
+    deals = can_be_abandoned and deal is not None
     recorder.alive = True
     try:
         if interrupted is not None:
@@ -156,17 +158,27 @@ def fetch_loop(
         attempt: Attempt | None = recorder.attempt  # in the trainer's own thread: what it did not come to the end of
         now = clock()
         while not chunks.closed:
-            recorder.call_started = now
+            if not deals:
+                recorder.call_started = now
             try:
                 if attempt is not None:
                     result, request = attempt.run(check, recorder, idle, lambda: not chunks.closed), attempt.request
                 elif function is not None:
                     result = function(worker_id, calls.batch_size)  # type: ignore[union-attr]
+                elif deals and deal is not None:
+                    recorder.request = None
+                    recorder.request = request = deal(worker_id)
+                    # The call begins when its request is known: whoever takes it over needs that.
+                    recorder.call_started = now = clock()
+                    result = calls.fetch(request)  # type: ignore[union-attr]
                 else:
+                    recorder.request = None
                     result, request = calls.next(recorder)  # type: ignore[union-attr]
             except Exception as error:
                 recorder.end_call()
                 if recovery is None or attempt is not None or isinstance(error, EndOfData):
+                    raise
+                if deal is not None and recorder.request is None:  # it could not be dealt: there is no call to make again
                     raise
                 attempt = recorder.attempt = Attempt(recovery, recorder.request, again(calls, worker_id))
                 attempt.failed(error, recorder)
@@ -175,14 +187,15 @@ def fetch_loop(
             if attempt is not None and not attempt.is_over:
                 break
             started, now = now, clock()
-            if attempt is not None:
-                started = attempt.call_started
-            elif owns_results:  # made in a worker process, which says how long it took
+            if owns_results:  # made in a worker process, which says how long it took
                 started = recorder.call_started
             if can_be_abandoned:
                 recorder.end_call()
             # One look at the clock a call: what lies between two calls is shorter than it is worth to measure.
-            samples.append(now - started)
+            if attempt is None:
+                samples.append(now - started)
+            else:
+                samples += attempt.durations
             if len(samples) >= SAMPLES_BEFORE_FOLDING:
                 durations.fold()
                 samples = durations.samples

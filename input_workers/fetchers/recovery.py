@@ -6,6 +6,7 @@ once more; where it named none, each row is fetched alone, and those that fail a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ class Attempt:
 
     Attributes:
         request: what failed.
-        call_started: `time.monotonic()` of the last call.
+        durations: of the calls that came back with rows, in seconds.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Attempt:
         fetch: Callable[[FetchRequest | None], Any],
     ) -> None:
         self.request = request
-        self.call_started = time.monotonic()
+        self.durations: list[float] = []
         self._recovery = recovery
         self._fetch = fetch
         # Groups of rows to fetch, in order: indices into the request's rows.
@@ -135,6 +136,7 @@ class Attempt:
             idle: waits so many seconds before a retry, or less when the run ends; returns whether it has.
             go_on: says whether to go on now. What is left may be fetched by running again.
         """
+        recorder.call_started = math.inf  # a wait is no call
         while self._groups:
             if not go_on():
                 return None
@@ -145,7 +147,7 @@ class Attempt:
                 continue
             group = self._groups[0]
             part = self._part(group)
-            self.call_started = recorder.call_started = time.monotonic()
+            started = recorder.call_started = time.monotonic()
             try:
                 arrays = self._fetch(part)
             except Exception as error:
@@ -153,6 +155,7 @@ class Attempt:
                 self.failed(error, recorder)
                 continue
             recorder.end_call()
+            self.durations.append(time.monotonic() - started)
             if self.request is not None:
                 check.rows_of(arrays, part)
                 if len(self._groups) > 1:  # the source may use its memory again for the next

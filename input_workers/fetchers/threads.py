@@ -120,7 +120,7 @@ class ThreadFetchers:
         elif recorder.abandon(now - self._timeout_s):
             other, interrupted = self._replace(recorder, failure)
             replacement = self._thread(other, interrupted)
-            self._abandoned.append(thread)
+            self._abandoned = [*(each for each in self._abandoned if each.is_alive()), thread]
             self._fetchers[index] = other, replacement
             replacement.start()
 

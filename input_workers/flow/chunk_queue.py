@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from input_workers.contracts import Chunk
-from input_workers.flow.packed_rows import PackedRows
-from input_workers.flow.turns import Turns, is_end_mark, ordinal_of
+from input_workers.flow.turns import Turns, is_end_mark
 from input_workers.lifecycle import WakeUp
+from input_workers.packed_rows import PackedRows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,8 +43,8 @@ class _Waiter:
 class ChunkQueue:
     """Closable, weighed, first in first out, or in the order of the requests. Any number of putters, one taker.
 
-    In order: a chunk that comes before its turn is parked, charged to the bounds; the one whose turn it is always enters,
-    so that a slow request holds back what the bounds allow, and no more.
+    In order: a chunk that comes before its turn is parked, charged to the bounds; the one whose turn it is never waits for
+    those, so that a slow request holds back what the bounds allow, and no more.
 
     Args:
         max_weight: bound on waiting rows (chunks where `by_rows` is False). One chunk larger than that passes alone.
@@ -62,7 +62,8 @@ class ChunkQueue:
     """
 
     # Invariant under _lock: `_weight` and `_nbytes` are those of the waiting chunks and of the taken ones (`_taken`) that
-    # are not yet released; a chunk enters only within the bounds or when nothing is charged; `_door` holds nothing that
+    # are not yet released; a chunk enters only within the bounds, or when it is its turn and nothing but parked chunks is
+    # charged; `_door` holds nothing that
     # could enter, but shortly after a release; when closed, nothing enters and the door is empty.
     # Packed rows are the newest ones and are made a chunk before anything follows them. `_open` is false as soon as an
     # offer needs a closer look: closed, somebody at the door, or epochs to keep apart.
@@ -101,7 +102,7 @@ class ChunkQueue:
         self._aborted = False
         self._open = not self._turns.matter
         self._parked_weight = 0
-        self._barrier: tuple[int, Callable[[], object]] | None = None
+        self._at_barrier = False  # somebody calls what the barrier is for
         self._chunks += self._turns.end_marks()
         self._epoch_ended = bool(self._chunks)  # an end mark waits
 
@@ -157,7 +158,7 @@ class ChunkQueue:
         """
         waiter = _Waiter(chunk)
         with self._lock:
-            if self.closed or self._is_behind_barrier(chunk):
+            if self.closed or self._turns.is_barred(chunk):
                 return False
             waiter.spent = self._reclaim()
             self._door.append(waiter)
@@ -174,30 +175,31 @@ class ChunkQueue:
         return waiter.accepted
 
     def put_barrier(self, ordinal: int, reached: Callable[[], object]) -> None:
-        """Take nothing from this request on; call `reached`, once, when all before it have entered. The first one counts."""
+        """Take nothing from this request on; call `reached`, once, when all before it have entered, or nothing will any more.
+
+        Of several, the earliest request's is called first.
+        """
         with self._lock:
-            if self._barrier is None or ordinal < self._barrier[0]:
-                self._barrier = ordinal, reached
-                behind = [waiter for waiter in self._door if self._is_behind_barrier(waiter.chunk)]
-                self._door = [waiter for waiter in self._door if waiter not in behind]
-                for waiter in behind:
-                    waiter.gate.release()
+            self._turns.set_bar(ordinal, reached)
+            for waiter in [each for each in self._door if self._turns.is_barred(each.chunk)]:
+                self._door.remove(waiter)
+                waiter.gate.release()
         self._break_at_barrier()
 
-    def _is_behind_barrier(self, chunk: Chunk) -> bool:
-        return self._barrier is not None and ordinal_of(chunk) >= self._barrier[0]
-
-    def _break_at_barrier(self) -> None:
-        """Call what the barrier is for, outside the lock, if it is reached."""
-        if self._barrier is None:
-            return
-        with self._lock:
-            ordinal, reached = self._barrier
-            due = self._turns.next >= ordinal
-            if due:
-                self._barrier = ordinal, _do_nothing
-        if due:
-            reached()
+    def _break_at_barrier(self, ended: bool = False) -> None:
+        """Call what the barriers are for, outside the lock, if they are reached."""
+        while self._turns.has_bars:
+            with self._lock:
+                if self._at_barrier:  # whoever is at it calls these too, after the earlier ones
+                    return
+                due = self._turns.reached_bars(ended or self.closed)
+                self._at_barrier = bool(due)
+            if not due:
+                return
+            for reached in due:
+                reached()
+            with self._lock:
+                self._at_barrier = False
 
     def take(self, wanted: int) -> list[Chunk]:
         """Return all waiting chunks; nothing if they weigh less than `wanted`, and then a token follows when they do.
@@ -234,7 +236,8 @@ class ChunkQueue:
             self._spent_nbytes = nbytes
             if self._door:
                 now = time.monotonic()
-                if now - self._admitted >= ADMIT_INTERVAL_SECONDS or self._weight * 4 <= self.max_weight:
+                runs_low = (self._weight - self._parked_weight) * 4 <= self.max_weight
+                if runs_low or now - self._admitted >= ADMIT_INTERVAL_SECONDS:
                     self._admitted = now
                     self._door[0].spent = self._reclaim()
                     self._admit()
@@ -243,12 +246,14 @@ class ChunkQueue:
 
     def close(self) -> None:
         """Take no more chunks; those that wait can still be taken. Those at the door are refused."""
+        self._break_at_barrier(ended=True)
         with self._lock:
             self._refuse()
         self._wake.put(None)
 
     def abort(self) -> int:
         """Close, and forget the waiting chunks; return their rows."""
+        self._break_at_barrier(ended=True)
         with self._lock:
             self._refuse()
             self._seal()
@@ -307,8 +312,8 @@ class ChunkQueue:
             is_next = turns.is_next(chunk)
             weight = self._weight_of(chunk)
             fits = self._weight + weight <= self.max_weight and self._nbytes + chunk[2] <= self._max_nbytes
-            if turns.ordered:
-                enters = is_next or fits or not self._weight
+            if turns.ordered:  # what is parked holds up nobody whose turn it is
+                enters = fits or (is_next and self._weight == self._parked_weight)
             elif is_next and self._weight and not fits:
                 break
             else:
@@ -336,7 +341,3 @@ class ChunkQueue:
 
     def _weight_of(self, chunk: Chunk) -> int:
         return chunk[1] if self._by_rows else min(chunk[1], 1)
-
-
-def _do_nothing() -> None:
-    pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 
 import numpy as np
 
@@ -25,7 +26,8 @@ class Turns:
         next: the ordinal of the request whose turn it is, where they are ordered; how many have had theirs.
     """
 
-    # Parked chunks are those of `_parked`, by ordinal, all beyond `next`.
+    # Parked chunks are those of `_parked`, by ordinal, all beyond `next`. `_bars` are the ends that were set, until they are
+    # called; `_bar` is the earliest that ever was.
 
     def __init__(self, ordered: bool, requests_in: Callable[[int], int] | None, first_epoch: int) -> None:
         self.ordered = ordered
@@ -33,6 +35,8 @@ class Turns:
         self._keeps_epochs = requests_in is not None
         self._requests_in: Callable[[int], float] = requests_in or (lambda epoch: math.inf)  # noqa: ARG005
         self._parked: dict[int, Chunk] = {}
+        self._bars: list[tuple[int, Callable[[], object]]] = []
+        self._bar: float = math.inf
         self._epoch = first_epoch
         self._had = 0  # requests of this epoch that had their turn, of so many
         self._wanted = self._requests_in(first_epoch)
@@ -74,6 +78,31 @@ class Turns:
             self._had = 0
             self._wanted = self._requests_in(self._epoch)
         return marks
+
+    def set_bar(self, ordinal: int, reached: Callable[[], object]) -> None:
+        """Nothing is to come out from this request on. `reached` is to be called when all before it have had their turn."""
+        self._bars.append((ordinal, reached))
+        self._bar = min(self._bar, ordinal)
+
+    def is_barred(self, chunk: Chunk) -> bool:
+        """Whether the chunk comes behind a bar."""
+        return ordinal_of(chunk) >= self._bar
+
+    def reached_bars(self, ended: bool) -> list[Callable[[], object]]:
+        """Return what is to be called now, the earliest request's first, and forget it.
+
+        Args:
+            ended: nothing will have its turn any more.
+        """
+        if not self._bars or (self.next < self._bar and not ended):
+            return []
+        bars, self._bars = sorted(self._bars, key=itemgetter(0)), []
+        return [reached for _, reached in bars]
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether a bar was set and not called yet."""
+        return bool(self._bars)
 
     def give_up(self) -> list[Chunk]:
         """Forget the parked chunks and return them."""

@@ -22,7 +22,7 @@ __all__ = [
     "BUCKETS_SECONDS",
     "DROP_REASONS",
     "Abandoned",
-    "DeviceRecorder", 
+    "DeviceRecorder",
     "FetcherRecorder",
     "Histogram",
     "SourceRecorder",

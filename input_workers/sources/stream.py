@@ -178,7 +178,8 @@ class StreamPlan:
     def file_of(self, row: int) -> str | None:
         """Return what the source calls the file of a row, where it knows."""
         file_of = getattr(self._stream.source, "file_of", None)
-        return None if file_of is None else str(file_of(row))
+        file = None if file_of is None else file_of(row)
+        return None if file is None else str(file)
 
     def _order(self, epoch: int) -> EpochOrder:
         with self._lock:

@@ -50,6 +50,7 @@ class StreamCalls:
         first: the epoch to begin with.
         done: spans of offsets that earlier runs delivered, by epoch.
         lend: offers memory for so many rows, one array per input, or None.
+        deals_again: a call that Ctrl-C ends is made again: by the trainer, in its own thread.
     """
 
     # Invariant under _lock: every request before the cursor was dealt once, but for those in `_again`, which will be again.
@@ -65,6 +66,7 @@ class StreamCalls:
         first: int,
         done: Mapping[int, Sequence[tuple[int, int]]],
         lend: Callable[[int], list[NDArray[Any]] | None],
+        deals_again: bool = False,
     ) -> None:
         self.batch_size = batch_size
         self.rows_per_request = rows_per_request
@@ -72,6 +74,7 @@ class StreamCalls:
         self._seed = seed
         self._done = {epoch: list(spans) for epoch, spans in done.items()}
         self._lend = lend
+        self._deals_again = deals_again
         self._per_epoch = -(-plan.most_rows // rows_per_request)
         self._lock = threading.Lock()
         self._cursor: tuple[int, int, Spans] = (0, first, self._numbers(first))
@@ -94,7 +97,7 @@ class StreamCalls:
         except Exception:
             raise
         except BaseException:  # Ctrl-C in the trainer's own thread: the request is still to be fetched
-            if deal is not None:
+            if deal is not None and self._deals_again:
                 with self._lock:
                     self._again.append(deal)
             raise

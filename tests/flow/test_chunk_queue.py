@@ -298,3 +298,260 @@ def _expected(plan: list[tuple[int, int, str]]) -> list[list[int]]:
         rows += [[worker, counts[worker], row] for row in range(count)]
         counts[worker] += 1
     return rows
+
+
+def numbered(ordinal: int, rows: int = 1, nbytes: int | None = None) -> Chunk:
+    """A chunk of the request with this ordinal."""
+    request = FetchRequest(ordinal, 0, np.arange(rows), ordinal=ordinal)
+    return [np.full(rows, ordinal)], rows, rows * 8 if nbytes is None else nbytes, request
+
+
+@settings(max_examples=60)
+@given(
+    order=st.permutations(range(9)),
+    sizes=st.lists(st.integers(0, 7), min_size=9, max_size=9),
+    bounds=st.tuples(st.integers(1, 10), st.one_of(st.none(), st.integers(1, 80))),
+    patience=st.integers(0, 9),
+    by_rows=st.booleans(),
+)
+def test_any_order_of_finishing_leaves_in_the_order_of_the_requests_within_the_bounds(
+    order: list[int], sizes: list[int], bounds: tuple[int, int | None], patience: int, by_rows: bool
+) -> None:
+    """Fetchers finish one after the other, each in a thread of its own; from some point on the taker takes."""
+    chunks, _wake = new_queue(*bounds, ordered=True, by_rows=by_rows)
+    weights = [rows if by_rows else min(rows, 1) for rows in sizes]
+    most_weight, most_nbytes = bounds[0] + max(weights), (bounds[1] or 10**9) + max(sizes) * 8
+    putters: list[Putter] = []
+    came: list[int] = []
+
+    def take() -> None:
+        while True:
+            assert chunks.charged[0] <= most_weight
+            assert chunks.charged[1] <= most_nbytes
+            taken = chunks.take(1)
+            if not taken:
+                return
+            came.extend(each[3].ordinal for each in taken if each[3] is not None)
+            assert chunks.charged[0] <= most_weight
+            release(chunks, taken)
+
+    for step, ordinal in enumerate(order):
+        each = numbered(ordinal, sizes[ordinal])
+        at_door = len(chunks._door)
+        putters.append(Putter(chunks, each, at_door + 1))
+        assert chunks.charged[0] <= most_weight
+        assert chunks.charged[1] <= most_nbytes
+        if step >= patience:
+            take()
+            next_up = min(set(range(9)) - set(order[: step + 1]), default=9)
+            assert came == [ordinal for ordinal in range(next_up) if sizes[ordinal]], "whose turn it was did not pass"
+    take()
+    assert [putter.result() for putter in putters] == [True] * 9
+    assert came == [ordinal for ordinal in range(9) if sizes[ordinal]]
+    take()
+    assert chunks.charged == (0, 0)
+
+
+def test_in_order_a_taker_that_does_not_come_holds_up_the_one_whose_turn_it_is() -> None:
+    chunks, _ = new_queue(4, ordered=True)
+    assert all(chunks.put(numbered(ordinal, 2)) for ordinal in range(2))
+    putters = [waiting(chunks, numbered(2, 2), door=1)]
+    taken = chunks.take(1)
+    putters.append(waiting(chunks, numbered(3, 2), door=2))
+    release(chunks, taken)
+    assert [each[0][0][0] for each in chunks.take(1)] == [2, 3]
+    assert [putter.result() for putter in putters] == [True, True]
+
+
+def test_what_is_parked_fills_the_bounds_and_the_one_whose_turn_it_is_passes() -> None:
+    chunks, wake = new_queue(4, 1000, ordered=True)
+    assert chunks.take(3) == []
+    assert all(chunks.put(numbered(ordinal)) for ordinal in (4, 2, 3, 1))
+    late = waiting(chunks, numbered(5), door=1)
+    assert chunks.charged == (4, 32)
+    assert chunks.take(3) == [], "parked chunks are not to be had"
+    while not wake.empty():
+        wake.get()
+    assert chunks.put(numbered(0, 50, 10_000)), "larger than the bounds, and next"
+    assert wake.get(timeout=HANG_SECONDS) is None
+    taken = chunks.take(3)
+    assert [each[3].ordinal for each in taken if each[3]] == [0, 1, 2, 3, 4]
+    assert late.accepted is None
+    release(chunks, taken)
+    assert [each[3].ordinal for each in chunks.take(1) if each[3]] == [5]
+    assert late.result()
+
+
+def test_a_parked_chunk_is_not_yet_a_batch_for_the_taker() -> None:
+    chunks, wake = new_queue(100, ordered=True)
+    assert chunks.take(4) == []
+    chunks.put(numbered(1, 10))
+    assert wake.empty(), "it cannot be taken yet"
+    chunks.put(numbered(0, 1))
+    assert wake.get(timeout=HANG_SECONDS) is None
+    assert numbers(chunks.take(4)) == [0, 1]
+
+
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_an_end_gives_up_what_is_parked(how: str) -> None:
+    chunks, _ = new_queue(10, ordered=True)
+    chunks.put(numbered(0, 3))
+    chunks.put(numbered(2, 4))
+    at_door = waiting(chunks, numbered(3, 9), door=1)
+    if how == "close":
+        chunks.close()
+        assert numbers(chunks.take(99)) == [0]
+        assert chunks.drained
+        assert chunks.abort() == 4
+    else:
+        assert chunks.abort() == 7
+    assert chunks.abort() == 0
+    assert at_door.result() is False
+
+
+def test_in_order_epochs_are_kept_apart_too_and_one_without_rows_ends() -> None:
+    sizes = [2, 1, 0, 1]
+    chunks, _ = new_queue(100, ordered=True, requests_in=lambda epoch: sizes[epoch] if epoch < 4 else 99)
+    epochs = [0, 0, 1, 3]
+    for ordinal in (3, 1, 2, 0):
+        arrays, rows, nbytes, request = numbered(ordinal, 0 if ordinal == 2 else 1)
+        assert request is not None
+        request.epoch = epochs[ordinal]
+        assert chunks.put((arrays, rows, nbytes, request))
+    taken = chunks.take(99)
+    assert [(each[3].epoch, each[1]) for each in taken if each[3]] == [(0, 1), (0, 1), (0, 0), (1, 0), (2, 0), (3, 1), (3, 0)]
+
+
+class Barrier:
+    """Notes in which state of the queue it was reached."""
+
+    def __init__(self, chunks: ChunkQueue, ordinal: int) -> None:
+        self.reached: list[int] = []
+        self._chunks = chunks
+        self._ordinal = ordinal
+
+    def put(self) -> Barrier:
+        self._chunks.put_barrier(self._ordinal, self._reach)
+        return self
+
+    def _reach(self) -> None:
+        assert self._chunks._lock.acquire(timeout=HANG_SECONDS), "called with the lock held"
+        self._chunks._lock.release()
+        self.reached.append(self._ordinal)
+        self._chunks.close()
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [3, 0, 5, 1, 4, 2]])
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_a_barrier_lets_all_before_it_through_and_nothing_from_it_on(at: int, order: list[int], step: int) -> None:
+    chunks, _ = new_queue(100, ordered=True)
+    barrier = Barrier(chunks, at)
+    accepted = {}
+    order = [ordinal for ordinal in order if ordinal != at]
+    for number, ordinal in enumerate(order):
+        if number == step:
+            barrier.put()
+        before = set(range(at)) - set(order[:number])
+        assert bool(barrier.reached) is (number >= step and not before)
+        accepted[ordinal] = chunks.put(numbered(ordinal))
+    if step >= len(order):
+        barrier.put()
+    assert barrier.reached == [at], "once"
+    assert [ordinal for ordinal in order[step:] if ordinal < at and not accepted[ordinal]] == []
+    assert [ordinal for ordinal in order[step:] if ordinal > at and accepted[ordinal]] == []
+    assert numbers(chunks.take(1)) == list(range(at))
+    assert chunks.drained
+    assert chunks.abort() == len([ordinal for ordinal in order[:step] if ordinal > at])
+
+
+def test_of_two_barriers_the_earlier_request_counts_even_if_it_comes_later() -> None:
+    chunks, _ = new_queue(100, ordered=True)
+    called: list[int] = []
+    for ordinal in (4, 2, 5):
+        chunks.put_barrier(ordinal, lambda ordinal=ordinal: called.append(ordinal))  # type: ignore[misc]
+    assert chunks.put(numbered(1))
+    assert not chunks.put(numbered(3)), "before the first of them, but not before the earliest"
+    assert called == []
+    assert chunks.put(numbered(0))
+    assert called == [2, 4, 5]
+    chunks.put_barrier(7, lambda: called.append(7))
+    assert called == [2, 4, 5, 7]
+
+
+def test_a_barrier_sends_away_those_at_the_door_behind_it() -> None:
+    chunks, _ = new_queue(1, ordered=True)
+    assert chunks.put(numbered(2))
+    at_door = {ordinal: waiting(chunks, numbered(ordinal), door) for door, ordinal in ((1, 1), (2, 3), (3, 4))}
+    barrier = Barrier(chunks, 3).put()
+    assert at_door[3].result() is False
+    assert at_door[4].result() is False
+    assert at_door[1].accepted is None
+    assert chunks.put(numbered(0))
+    assert sum(drain(chunks, 3), []) == [0, 1, 2]  # noqa: RUF017
+    assert at_door[1].result()
+    assert barrier.reached == [3]
+
+
+@pytest.mark.parametrize("how", ["close", "abort"])
+def test_an_end_before_a_barrier_is_reached_does_not_hide_what_it_is_for(how: str) -> None:
+    chunks, _ = new_queue(100, ordered=True)
+    open_when_called: list[bool] = []
+    chunks.put_barrier(3, lambda: open_when_called.append(chunks.closed))
+    getattr(chunks, how)()
+    assert open_when_called == [False], "recorded before anything is closed"
+    chunks.put_barrier(4, lambda: open_when_called.append(chunks.closed))
+    assert open_when_called == [False, True]
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_in_order_real_fetchers_and_a_taker_that_only_looks_when_told_never_stand_still(data: st.DataObject) -> None:
+    """Requests are dealt as a Stream does; a fetcher may finish only when the plan's order lets it."""
+    fetchers = data.draw(st.sampled_from([1, 2, 7, 64]))
+    sizes = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=40), "sizes")
+    priority = data.draw(st.permutations(range(len(sizes))), "who finishes before whom")
+    max_weight = data.draw(st.integers(1, 12))
+    chunks, wake = new_queue(max_weight, data.draw(st.one_of(st.none(), st.integers(1, 90))), ordered=True)
+    changed = threading.Condition()
+    dealt, held, left = [0], set[int](), [fetchers]
+
+    def may_finish(ordinal: int) -> bool:
+        everybody_has_one = len(held) >= min(fetchers, 4) or dealt[0] >= len(sizes)
+        return everybody_has_one and priority[ordinal] == min(priority[each] for each in held)
+
+    def fetch() -> None:
+        while True:
+            with changed:
+                if dealt[0] >= len(sizes):
+                    left[0] -= 1
+                    last = not left[0]
+                    changed.notify_all()
+                    break
+                ordinal = dealt[0]
+                dealt[0] += 1
+                held.add(ordinal)
+                changed.notify_all()
+                # One that is kept at the door does not hold a request any more, so the others go on.
+                changed.wait_for(lambda ordinal=ordinal: may_finish(ordinal), 0.02)
+                held.discard(ordinal)
+                changed.notify_all()
+            assert chunks.put(numbered(ordinal, sizes[ordinal]))
+        if last:
+            chunks.close()
+
+    threads = [threading.Thread(target=fetch, daemon=True) for _ in range(fetchers)]
+    for thread in threads:
+        thread.start()
+    came = []
+    while not chunks.drained:
+        taken = chunks.take(3)
+        if not taken and not chunks.drained:
+            wake.get(timeout=HANG_SECONDS)
+        came += numbers(taken)
+        assert chunks.charged[0] <= max_weight + max(sizes)
+        release(chunks, taken)
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+        assert not thread.is_alive()
+    assert came == [ordinal for ordinal, rows in enumerate(sizes) if rows]

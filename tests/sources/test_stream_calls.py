@@ -32,10 +32,12 @@ class Rows:
         return [rows.copy()]
 
 
-def calls_of(stream: iw.Stream, size: int, first: int = 0, done: Any = (), left: Any = (), last: str = "keep") -> StreamCalls:
+def calls_of(
+    stream: iw.Stream, size: int, first: int = 0, done: Any = (), left: Any = (), last: str = "keep", inline: bool = False
+) -> StreamCalls:
     return StreamCalls(
         stream.plan(last, (0,), dict(left)), rows_per_request=size, batch_size=4, seed=stream.seed, first=first,
-        done=dict(done), lend=lambda rows: None,
+        done=dict(done), lend=lambda rows: None, deals_again=inline,
     )  # fmt: skip
 
 
@@ -115,7 +117,7 @@ def test_an_epoch_that_was_dealt_anew_has_the_rows_that_were_left(left: Spans) -
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
 def test_a_request_that_ctrl_c_interrupted_is_the_next_again(error: BaseException) -> None:
     source = Rows(12)
-    calls = calls_of(iw.Stream(source), 5)
+    calls = calls_of(iw.Stream(source), 5, inline=True)
     recorder = FetcherRecorder(0)
     seen = [calls.next(recorder)[1]]
     for _ in range(3):
@@ -124,6 +126,16 @@ def test_a_request_that_ctrl_c_interrupted_is_the_next_again(error: BaseExceptio
             calls.next(recorder)
     seen += all_of_from(calls, recorder)
     assert [(request.ordinal, request.begin) for request in seen] == [(0, 0), (1, 5), (2, 10)]
+
+
+def test_a_request_whose_thread_was_ended_is_not_dealt_to_another() -> None:
+    source = Rows(12)
+    calls = calls_of(iw.Stream(source), 5)
+    recorder = FetcherRecorder(0)
+    source.error = SystemExit()
+    with pytest.raises(SystemExit):
+        calls.next(recorder)
+    assert [request.begin for request in all_of_from(calls, recorder)] == [5, 10]
 
 
 def all_of_from(calls: StreamCalls, recorder: FetcherRecorder) -> list[iw.FetchRequest]:
