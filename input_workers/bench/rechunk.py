@@ -117,11 +117,7 @@ def rechunk_small() -> list[Result]:
 
 # Freeing an array of hundreds of KB gives its pages back to the system, which takes as long as copying it did. That is the
 # fetch function's memory and no cost of the service, so the limit has none of it; glibc can be told to keep the pages.
-KEEP_FREED_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "MALLOC_TOP_PAD_": str(100 << 20),
-}
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
 def rechunk_in_children() -> list[Result]:

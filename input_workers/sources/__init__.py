@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from input_workers.sources.image_folder import ImageFolder
     from input_workers.sources.map import Map
     from input_workers.sources.parquet import Parquet
+    from input_workers.sources.shared_arrays import SharedArrays
     from input_workers.sources.tar_shards import TarShards
 
-__all__ = ["Arrays", "Generators", "ImageFolder", "Map", "Mix", "Parquet", "Stream", "TarShards"]
+__all__ = ["Arrays", "Generators", "ImageFolder", "Map", "Mix", "Parquet", "SharedArrays", "Stream", "TarShards"]
 
 # Loaded when they are used.
 _MODULES = {
@@ -24,6 +25,7 @@ _MODULES = {
     "ImageFolder": "image_folder",
     "Map": "map",
     "Parquet": "parquet",
+    "SharedArrays": "shared_arrays",
     "TarShards": "tar_shards",
 }
 

@@ -23,7 +23,8 @@ class Arrays:
         arrays: one for each input.
 
     Raises:
-        ConfigError: none is given, the numbers of rows differ, one has no rows, or holds Python objects.
+        ConfigError: none is given, the numbers of rows differ, or one has no rows.
+        SpecMismatch: one holds Python objects.
     """
 
     def __init__(self, *arrays: ArrayLike) -> None:
