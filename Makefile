@@ -1,5 +1,6 @@
 # make run    trains on the handwritten digits; CONFIG=configs/image_folder.toml trains on images of yours
 # make test   runs every test, in random order; PYTEST_ARGS="-m 'not tensorflow'" runs some
+# make chaos kills a thousand worker processes, and tries every way a trainer may end
 # make lint   ruff and mypy
 # make bench  measures the core, streams and processes against the limits of this machine, and against peers
 # make clean  removes what these have made
@@ -16,13 +17,16 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: run test lint bench clean
+.PHONY: run test chaos lint bench clean
 
 run: $(VENV)/.demo
 	$(BIN)/input-workers train $(CONFIG)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m pytest -o python_files="chaos_*.py" tests/chaos $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

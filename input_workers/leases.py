@@ -8,6 +8,7 @@ makes single calls of a dict and a deque, which nothing can interrupt. (Weak ref
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import mmap
 import os
@@ -130,10 +131,16 @@ BLOCK_FOLDER = "/dev/shm"  # noqa: S108
 class Block:
     """Shared memory without a name: whoever is given its descriptor maps it. Nothing is left of it after a crash.
 
+    Args:
+        nbytes: its size, at least 1.
+        named: where the system has no anonymous shared memory, lay it in a file with a name, which other processes can
+            open, and which is removed at `close`.
+
     Attributes:
         number: unlike that of any other block of this process.
         descriptor: to be sent to other processes.
         nbytes: its size.
+        path: the file's name; None: it has none.
         view: the memory, as this process maps it.
 
     Raises:
@@ -141,66 +148,95 @@ class Block:
             at the first write, by a SIGBUS.)
     """
 
-    __slots__ = ("descriptor", "nbytes", "number", "view")
+    __slots__ = ("_maker", "descriptor", "nbytes", "number", "path", "view")
     _numbers = itertools.count()
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, named: bool = False) -> None:
         self.number = next(self._numbers)
         self.nbytes = nbytes
+        self.path: str | None = None
+        self._maker = os.getpid()
         if hasattr(os, "memfd_create"):
             self.descriptor = os.memfd_create(f"input_workers-{self.number}", os.MFD_CLOEXEC)
         else:
             folder = BLOCK_FOLDER if os.path.isdir(BLOCK_FOLDER) else None
-            with tempfile.TemporaryFile(dir=folder) as file:
-                self.descriptor = os.dup(file.fileno())
+            if named:
+                self.descriptor, self.path = tempfile.mkstemp(prefix="input_workers-", dir=folder)
+            else:
+                with tempfile.TemporaryFile(dir=folder) as file:
+                    self.descriptor = os.dup(file.fileno())
         try:
             os.posix_fallocate(self.descriptor, 0, nbytes)
             self.view = map_block(self.descriptor, nbytes)
         except BaseException as error:
-            os.close(self.descriptor)
+            self.close()
             if isinstance(error, OSError):
-                error.add_note(f"shared memory for a chunk of a worker process: wanted {nbytes} bytes")
+                error.add_note(f"shared memory: wanted {nbytes} bytes")
             raise
 
     def close(self) -> None:
-        """Close the descriptor; the memory goes with the last mapping of it."""
+        """Close the descriptor and remove the name; the memory goes with the last mapping of it. Idempotent."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+        path, self.path = self.path, None
+        if path is not None and os.getpid() == self._maker:  # a fork of the maker has it, too
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def __del__(self) -> None:
+        # A trainer may hold a chunk for longer than anybody holds the pool that would be given it back.
+        if getattr(self, "descriptor", -1) >= 0:
+            self.close()
 
 
-def map_block(descriptor: int, nbytes: int) -> memoryview:
+def map_block(descriptor: int, nbytes: int, *, read_only: bool = False) -> memoryview:
     """Return the memory behind a descriptor. It is unmapped when the last view of it dies."""
-    return memoryview(mmap.mmap(descriptor, nbytes))
+    return memoryview(mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE))
+
+
+# A pool hands out blocks for the largest of so many chunks, so that one huge chunk does not make all blocks huge for ever.
+RECENT_CHUNKS = 16
 
 
 class BlockPool:
-    """Lends out blocks of shared memory, all large enough for the largest chunk yet. Thread-safe.
+    """Lends out blocks of shared memory, large enough for the largest of the latest chunks. Thread-safe.
 
     A block that comes back is used again: pages that were written before cost no fault. Beyond `keep` free ones it is let
-    go, as are those that have become too small.
+    go, as are those that have become too small, or much too large.
+
+    Attributes:
+        nbytes: what a block is likely to be needed for; 0 before the first chunk.
+        gone: numbers of blocks that were let go; whoever has mapped them may forget them.
     """
 
-    __slots__ = ("_free", "_is_closed", "_lent", "keep", "nbytes")
+    __slots__ = ("_free", "_is_closed", "_lent", "_recent", "gone", "keep", "nbytes")
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self.nbytes = 0
+        self.gone: collections.deque[int] = collections.deque()
+        self._recent: collections.deque[int] = collections.deque(maxlen=RECENT_CHUNKS)
         self._free: collections.deque[Block] = collections.deque()
         self._lent: dict[int, _Lease] = {}
         self._is_closed = False
 
     def take(self, nbytes: int = 0) -> Block:
         """Return a block of at least so many bytes, to be leased or given back. Raises OSError."""
-        self.nbytes = max(self.nbytes, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        wanted = -(-max(nbytes, self.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
         while True:
             try:
                 block = self._free.pop()
             except IndexError:
-                return Block(self.nbytes)
-            if block.nbytes >= self.nbytes:
+                return Block(wanted)
+            if wanted <= block.nbytes <= 2 * wanted:
                 return block
-            block.close()
+            self._let_go(block)
+
+    def used(self, nbytes: int) -> None:
+        """A chunk of so many bytes has come in a block. Called by one thread at a time."""
+        self._recent.append(nbytes)
+        self.nbytes = max(self._recent)
 
     def lease(self, block: Block) -> NDArray[np.uint8]:
         """Return the block's bytes; it comes back when the last view of them has died."""
@@ -212,10 +248,16 @@ class BlockPool:
 
     def give_back(self, block: Block) -> None:
         """Nobody uses the block any more."""
-        if self._is_closed or len(self._free) >= self.keep or block.nbytes < self.nbytes:
-            block.close()
-        else:
-            self._free.append(block)
+        if len(self._free) >= self.keep or block.nbytes < self.nbytes:
+            self._let_go(block)
+            return
+        self._free.append(block)
+        if self._is_closed:  # looked at last: another thread may just do it
+            self.close()
+
+    def _let_go(self, block: Block) -> None:
+        block.close()
+        self.gone.append(block.number)
 
     def _lease_ended(self, lease: _Lease) -> None:
         del self._lent[id(lease)]
@@ -226,6 +268,6 @@ class BlockPool:
         self._is_closed = True
         while self._free:
             try:
-                self._free.pop().close()
+                self._let_go(self._free.pop())
             except IndexError:
                 break

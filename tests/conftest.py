@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 import input_workers as iw
+from input_workers.fetchers.fork_server import fork_server
 
 # What a test has set in motion must end within this time after it; it is waited for, not slept through.
 LEAK_SECONDS = 5.0
@@ -62,6 +63,10 @@ def _nothing_is_left() -> Iterator[None]:
     had_tensorflow = "tensorflow" in sys.modules
     yield
     loaded = len(sys.modules) > modules and "tensorflow" in sys.modules and not had_tensorflow
+    server = fork_server.holds()
+    if server is not None:  # one for the process, from its first use to its end
+        children.add(server[0])
+        descriptors[server[1]] = os.readlink(f"/proc/self/fd/{server[1]}")
     leaks = _leaks(threads, children, descriptors, loaded)
     assert not leaks, f"left behind: {leaks}"
 

@@ -121,6 +121,13 @@ class CertifiedFetch:
         self._lock = threading.Lock()
         self.made: collections.Counter[int] = collections.Counter()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}  # for another process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._lock = threading.Lock()
+
     def __call__(self, worker_id: int, batch_size: int) -> Any:
         with self._lock:
             call = self._calls[worker_id]

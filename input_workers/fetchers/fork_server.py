@@ -6,7 +6,9 @@ script needs no `if __name__ == "__main__"`.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import errno
 import os
 import pickle
 import signal
@@ -14,8 +16,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import reduction
+
+from input_workers.fetchers.frames import receive_descriptors
 
 __all__ = ["ForkServer", "command", "fork_server", "serve_forks", "worker_environment"]
 
@@ -26,9 +30,14 @@ FORK, WAIT = b"f", b"w"
 _DESCRIPTORS = 4  # of a worker: its end of the pipe, the silent pipe, stdout, stderr
 
 
+# glibc gives the pages of a large array back when it is freed, and a function that makes one for each call spends most of
+# its time on getting others: 4.5 ms instead of 1.0 to fill 38 MB. A worker keeps them for its next call.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+
+
 def worker_environment() -> dict[str, str]:
-    """Return the environment of a worker: ours, with one thread for each library that is not told otherwise."""
-    return {**dict.fromkeys(ONE_THREAD, "1"), **os.environ}
+    """Return the environment of a worker: ours, with settings for workers where it has none."""
+    return {**dict.fromkeys(ONE_THREAD, "1"), **KEEP_FREED_MEMORY, **os.environ}
 
 
 def command(function: str, *arguments: object) -> list[str]:
@@ -38,6 +47,14 @@ def command(function: str, *arguments: object) -> list[str]:
     # The path is ours from the beginning, or the package itself might not be found.
     code = f"import sys; sys.path[:] = {sys.path!r}; from input_workers.fetchers.{module} import {name}; {call}"
     return [sys.executable, *subprocess._args_from_interpreter_flags(), "-c", code]  # type: ignore[attr-defined]
+
+
+class ServerDied(OSError):
+    """The fork server is no more."""
+
+
+class Refused(OSError):
+    """The fork server could not do it."""
 
 
 class ForkServer:
@@ -57,45 +74,93 @@ class ForkServer:
             OSError: the worker, or the server, cannot be started.
         """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            if self._end is None or self._process is None or self._process.poll() is not None:
                 self._start()
-            end = self._end
-            assert end is not None  # noqa: S101  it was started
+            try:
+                return self._fork(descriptors)
+            except ServerDied:  # since it was last needed
+                self._start()
+                return self._fork(descriptors)
+
+    def _fork(self, descriptors: Sequence[int]) -> tuple[int, int]:
+        with self._exchange() as end:
             end.sendall(FORK)
             reduction.sendfds(end, list(descriptors))
-            reply = self._answer()
-            if isinstance(reply, str):
-                raise OSError(f"the fork server could not start a worker: {reply}")
-            (ended,) = reduction.recvfds(end, 1)
-            return reply, ended
+            pid = self._answer(end)
+            try:
+                (ended,) = receive_descriptors(end, 1)
+            except OSError:  # none left: the worker is of no use
+                os.kill(pid, signal.SIGKILL)  # its number is its own until it is waited for
+                end.sendall(WAIT + pid.to_bytes(8, "big"))
+                self._answer(end)
+                raise
+            return pid, ended
 
     def wait(self, pid: int) -> int:
-        """Return the status of a worker that has ended, as `os.waitpid` gives it. Raises OSError if the server is gone."""
+        """Return the status of a worker that has ended, as `os.waitpid` gives it. Raises OSError if its server is gone."""
+        with self._lock, self._exchange() as end:
+            end.sendall(WAIT + pid.to_bytes(8, "big"))
+            return self._answer(end)
+
+    def holds(self) -> tuple[int, int] | None:
+        """Return (pid, descriptor) of the server, if there is one."""
         with self._lock:
-            assert self._end is not None  # noqa: S101  it has forked this worker
-            self._end.sendall(WAIT + pid.to_bytes(8, "big"))
-            return int(self._answer())
+            return (self._process.pid, self._end.fileno()) if self._process is not None and self._end is not None else None
 
     def stop(self) -> None:
         """End the server, if there is one. Its workers go on."""
         with self._lock:
-            if self._end is not None:
-                self._end.close()
-            if self._process is not None:
-                self._process.wait()
-            self._end = self._process = None
+            self._stop()
 
-    def _answer(self) -> int | str:
-        assert self._end is not None  # noqa: S101  it was started
-        size = self._end.recv(4, socket.MSG_WAITALL)
-        if len(size) < 4:
-            raise OSError("the fork server has died")
-        return pickle.loads(self._end.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))  # type: ignore[no-any-return]  # noqa: S301
-
-    def _start(self) -> None:
+    def forget(self) -> None:
+        """After a fork of this process: the server is the parent's."""
+        if self._process is not None:
+            self._process.returncode = 0  # or it would be missed
         if self._end is not None:
             self._end.close()
+        self.__init__()  # type: ignore[misc]
+
+    def _stop(self) -> None:
+        end, process = self._end, self._process
+        self._end = self._process = None
+        if end is not None:
+            end.close()
+        if process is not None:
+            process.wait()
+
+    @contextlib.contextmanager
+    def _exchange(self) -> Iterator[socket.socket]:
+        """One order and its answer. If it does not come to its end, the next begins with another server."""
+        end = self._end
+        if end is None:
+            raise ServerDied("the fork server has died")
+        try:
+            yield end
+        except Refused:
+            raise
+        except BaseException as error:
+            if getattr(error, "errno", None) == errno.EMFILE:  # the exchange itself has come to its end
+                raise
+            self._stop()
+            if isinstance(error, (EOFError, ConnectionError)):
+                raise ServerDied("the fork server has died") from error
+            raise
+
+    def _answer(self, end: socket.socket) -> int:
+        """Return what the server answers. Raises OSError as it does."""
+        size = end.recv(4, socket.MSG_WAITALL)
+        if len(size) < 4:
+            raise EOFError
+        answer = pickle.loads(end.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL))  # noqa: S301
+        if isinstance(answer, int):
+            return answer
+        raise Refused(*answer)
+
+    def _start(self) -> None:
+        self._stop()
         ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(True)  # whatever socket.setdefaulttimeout says
         with theirs:
             try:
                 self._process = subprocess.Popen(  # noqa: S603  ourselves
@@ -114,13 +179,8 @@ class ForkServer:
 fork_server = ForkServer()
 
 
-def _forget_in_child() -> None:
-    """After a fork of this process: the server is the parent's."""
-    global fork_server
-    fork_server.__init__()  # type: ignore[misc]
-
-
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=fork_server.forget)
+atexit.register(fork_server.stop)  # it would end by itself, but a little later
 
 
 def serve_forks(number: int) -> None:
@@ -130,29 +190,39 @@ def serve_forks(number: int) -> None:
     from input_workers.fetchers import process_child
 
     np.random.default_rng(0)  # what a worker needs first is loaded here, once
-    end = socket.socket(fileno=number)
+    with socket.socket(fileno=number) as end:
+        _serve(end, process_child.main)
+
+
+def _serve(end: socket.socket, main: Callable[[int, int, Sequence[str]], None]) -> None:
     while True:
         order = end.recv(1)
         if order == FORK:
             descriptors = reduction.recvfds(end, _DESCRIPTORS)
+            pid = ended = -1
             try:
                 pid = os.fork()
                 if not pid:
                     end.close()
-                    _become_worker(descriptors, process_child.main)
-                reply: int | str = pid
+                    _become_worker(descriptors, main)
                 ended = os.pidfd_open(pid)
             except OSError as error:
-                reply, ended = str(error), -1
-            for descriptor in descriptors:
-                os.close(descriptor)
-            _reply(end, reply)
-            if ended >= 0:
+                if pid > 0:
+                    os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+                _reply(end, (error.errno, f"{error.strerror} (the fork server)"))
+            else:
+                _reply(end, pid)
                 reduction.sendfds(end, [ended])
                 os.close(ended)
+            for descriptor in descriptors:
+                os.close(descriptor)
         elif order == WAIT:
             pid = int.from_bytes(end.recv(8, socket.MSG_WAITALL), "big")
-            _reply(end, os.waitpid(pid, 0)[1])
+            try:
+                _reply(end, os.waitpid(pid, 0)[1])
+            except ChildProcessError as error:  # another server's
+                _reply(end, (error.errno, str(error.strerror)))
         else:
             return
 
@@ -172,6 +242,6 @@ def _become_worker(descriptors: Sequence[int], main: Callable[[int, int, Sequenc
         os._exit(1)
 
 
-def _reply(end: socket.socket, value: int | str) -> None:
+def _reply(end: socket.socket, value: int | tuple[int | None, str]) -> None:
     content = pickle.dumps(value)
     end.sendall(len(content).to_bytes(4, "big") + content)

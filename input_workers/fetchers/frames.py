@@ -1,22 +1,27 @@
 """What a worker process and its parent send each other: small pickled frames, and the descriptors of blocks.
 
-To the worker go lists of: (GRANT, block, nbytes, is_new), a block to put the next chunk in, whose descriptor follows if it
-is new; (REQUEST, index, epoch, rows, batch_size, key), a Stream's; (CALL, batch_size), a plain function's; (SPECS, specs,
-axes), when they are known. From it come: (READY, seconds); (CHUNK, block, layout, seconds), in a granted block; (INLINE,
-result, seconds), where that is small, or no chunk; (NEED, nbytes): grant a block that large; (ERROR, ...), see `Raised`;
-(END, seconds): the function has no more data. Every request and call is answered by one of CHUNK, INLINE, ERROR and END, in
-their order.
+To the worker go lists of: (GRANT, block, nbytes, is_new, is_needed, gone), a block to put the next chunk in, whose descriptor
+follows if it is new, and the numbers of blocks that are no more; (REFUSE, errno, text, is_needed): there is no memory for
+one; (REQUEST, index, epoch, rows, batch_size, key), a Stream's; (CALL, batch_size), a plain function's; (SPECS, specs), when
+they are known. From it come: (READY, seconds); (CHUNK, block, layout, seconds), in the granted block; (INLINE, arrays,
+seconds), where they are small; (OTHER, pickled or None, kinds, is_sequence, seconds): no chunk; (NEED, nbytes): grant a
+block that large; (ERROR, ...), see `raised`; (END, seconds): the function has no more data.
+
+Every request and call is answered by one of CHUNK, INLINE, OTHER, ERROR and END, in their order. At most one block is granted
+and not used. Once a chunk has come in a block, the parent grants one before it waits for the next answer. NEED takes the
+granted block back, also one that is still on its way; the next one to count is the one whose `is_needed` says so.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import socket
+import struct
 import traceback
 from collections.abc import Sequence
 from multiprocessing import reduction
-from multiprocessing.connection import Connection
 from typing import Any, TypeAlias
 
 from input_workers.errors import describe
@@ -29,16 +34,19 @@ __all__ = [
     "GRANT",
     "INLINE",
     "NEED",
+    "OTHER",
     "READY",
+    "REFUSE",
     "REQUEST",
     "SPECS",
     "Frame",
     "Link",
     "raised",
     "rebuilt",
+    "receive_descriptors",
 ]
 
-GRANT, REQUEST, CALL, SPECS, READY, CHUNK, INLINE, NEED, ERROR, END = range(10)
+GRANT, REFUSE, REQUEST, CALL, SPECS, READY, CHUNK, INLINE, OTHER, NEED, ERROR, END = range(12)
 
 Frame: TypeAlias = tuple[Any, ...]
 
@@ -46,29 +54,76 @@ Frame: TypeAlias = tuple[Any, ...]
 INLINE_BELOW_NBYTES = 8192 + 1
 
 
+_HEADER = struct.Struct("!Q")  # the bytes of the frame that follows
+_RECEIVE_BYTES = 256 * 1024
+
+
 class Link:
     """One end of the pipe between a worker and its parent. One thread sends, one receives."""
 
-    __slots__ = ("connection", "socket")
+    __slots__ = ("_buffer", "socket")
 
     def __init__(self, end: socket.socket) -> None:
+        end.setblocking(True)  # whatever socket.setdefaulttimeout says
         self.socket = end
-        self.connection: Connection[Any, Any] = Connection(os.dup(end.fileno()))  # frames messages; it owns what it is given
+        self._buffer = bytearray()
+
+    def limit_send(self, seconds: float) -> None:
+        """Let `send` raise OSError when the other end has not read for so long."""
+        seconds = min(max(seconds, 0.001), 1e6)
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def send(self, frame: Any, descriptors: Sequence[int] = ()) -> None:
         """Send a frame and descriptors. Raises OSError if the other end is gone."""
-        self.connection.send_bytes(pickle.dumps(frame, protocol=pickle.HIGHEST_PROTOCOL))
+        content = pickle.dumps(frame, protocol=pickle.HIGHEST_PROTOCOL)
+        self.socket.sendall(_HEADER.pack(len(content)) + content)
         for descriptor in descriptors:
             reduction.sendfds(self.socket, [descriptor])
 
     def receive(self) -> Any:
-        """Return the next frame. Raises EOFError or OSError if the other end is gone."""
-        return pickle.loads(self.connection.recv_bytes())  # noqa: S301  from our own worker
+        """Wait for the next frame. Raises EOFError or OSError if the other end is gone."""
+        (size,) = _HEADER.unpack(self._exactly(_HEADER.size))
+        return pickle.loads(self._exactly(size))  # noqa: S301  from our own parent
+
+    def _exactly(self, size: int) -> bytes:
+        """Wait for so many bytes, and no more: a descriptor may follow, and comes with a byte of its own."""
+        data = b""
+        while len(data) < size:
+            more = self.socket.recv(size - len(data), socket.MSG_WAITALL)
+            if not more:
+                raise EOFError
+            data = data + more if data else more
+        return data
+
+    def receive_now(self) -> list[Frame]:
+        """Return the frames that have come, without waiting: the other end may have stopped in the middle of one.
+
+        Raises:
+            EOFError, OSError: the other end is gone, and nothing is left.
+        """
+        try:
+            data = self.socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise EOFError
+        buffer = self._buffer
+        buffer += data
+        frames, at = [], 0
+        while len(buffer) - at >= _HEADER.size:
+            (size,) = _HEADER.unpack_from(buffer, at)
+            end = at + _HEADER.size + size
+            if len(buffer) < end:
+                break
+            frames.append(pickle.loads(buffer[at + _HEADER.size : end]))  # noqa: S301  from our own worker
+            at = end
+        del buffer[:at]
+        return frames
 
     def receive_descriptor(self) -> int:
-        """Return the next descriptor."""
-        (descriptor,) = reduction.recvfds(self.socket, 1)
-        return int(descriptor)
+        """Return the next descriptor. Raises OSError if there is none left."""
+        return receive_descriptors(self.socket, 1)[0]
 
     def is_gone(self) -> bool:
         """Whether the other end has closed."""
@@ -88,8 +143,18 @@ class Link:
 
     def close(self) -> None:
         """Close this end. Nobody may be using it."""
-        self.connection.close()
         self.socket.close()
+
+
+def receive_descriptors(end: socket.socket, count: int) -> list[int]:
+    """Return descriptors that were sent, closed on exec. Raises OSError: there is none left; EOFError: nobody sends."""
+    try:
+        descriptors: list[int] = reduction.recvfds(end, count)
+    except RuntimeError as error:  # what came was thrown away
+        raise OSError(errno.EMFILE, "no descriptor left for one that was sent (RLIMIT_NOFILE)") from error
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    return descriptors
 
 
 def raised(error: BaseException, dumps: Any) -> Frame:

@@ -14,12 +14,12 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from input_workers.contracts import ArraySpec, FetchRequest
-from input_workers.errors import EndOfData
+from input_workers.errors import EndOfData, InputWorkersError
 from input_workers.fetchers.frames import (
     CHUNK,
     END,
@@ -27,7 +27,9 @@ from input_workers.fetchers.frames import (
     INLINE,
     INLINE_BELOW_NBYTES,
     NEED,
+    OTHER,
     READY,
+    REFUSE,
     REQUEST,
     SPECS,
     Frame,
@@ -35,45 +37,16 @@ from input_workers.fetchers.frames import (
     raised,
 )
 from input_workers.fetchers.packed_calls import SENT, PackedCalls
+from input_workers.fetchers.worker_job import Job
+from input_workers.fetchers.worker_seeds import seed_by, seed_late_comers
 from input_workers.leases import ALIGNMENT_BYTES, map_block
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Job", "layout_of", "main", "serve"]
+__all__ = ["STACK_SIGNAL", "Worker", "layout_of", "main", "serve"]
 
 STACK_SIGNAL = signal.SIGUSR2  # shows the stacks of all threads on stderr, also while C code holds the GIL
-
-
-class Job:
-    """What a worker is for. Sent to it once, as its first frame.
-
-    Args:
-        fetch: a plain function, or `fetch(rows, request)` of a Stream's plan, pickled by cloudpickle.
-        worker_init_fun: called once, with the worker's id, before the first call; pickled too.
-        worker_id: of this worker.
-        is_stream: whether requests will come, or calls.
-        axes: the batch axis of each input.
-        packs: small chunks of a plain function may be sent as one.
-    """
-
-    __slots__ = ("axes", "fetch", "is_stream", "packs", "worker_id", "worker_init_fun")
-
-    def __init__(
-        self,
-        fetch: bytes,
-        worker_init_fun: bytes | None,
-        worker_id: int,
-        is_stream: bool,
-        axes: Sequence[int],
-        packs: bool,
-    ) -> None:
-        self.fetch = fetch
-        self.worker_init_fun = worker_init_fun
-        self.worker_id = worker_id
-        self.is_stream = is_stream
-        self.axes = tuple(axes)
-        self.packs = packs
 
 
 def layout_of(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]) -> tuple[list[int], int]:
@@ -106,9 +79,15 @@ class _Request(FetchRequest):
     def out(self, value: Any) -> None:
         pass
 
+    def forget_worker(self) -> None:
+        """The call has ended: no memory is offered any more."""
+        self._worker = None
+
 
 class Worker:
     """The loop of a worker process. Belongs to one thread."""
+
+    of_this_process: ClassVar[Worker | None] = None
 
     def __init__(self, link: Link, job: Job) -> None:
         self.job = job
@@ -117,45 +96,60 @@ class Worker:
         self._todo: collections.deque[Frame] = collections.deque()
         self._blocks: dict[int, memoryview] = {}
         self._granted: int | None = None
+        self._needs = False  # a NEED was sent and not answered yet
+        self._refused: tuple[int, str] | None = None  # why no block was granted
+        self._is_served = False  # the parent grants blocks by itself
         self._specs: list[ArraySpec] | None = None
         self._offered: list[NDArray[Any]] | None = None
         self._ended = False
+        self._waited = 0.0  # of the call in the making, for a block: no time of the function's
         self._calls = PackedCalls(self._fetch, job.worker_id, self._send_packed)
 
     def run(self) -> None:
         """Serve until the parent closes the pipe."""
+        Worker.of_this_process = self
         while True:
             while not self._todo:
                 self._receive()
             frame = self._todo.popleft()
             started = time.monotonic()
+            self._waited = 0.0
+            request: _Request | None = None
             try:
                 if frame[0] == REQUEST:
                     request = _Request(self, *frame[1:])
-                    _seed(request.key)
-                    result = self._fetch(request.rows, request)
+                    result = self._fetch_rows(request)
                 elif self._ended:  # the function is not called again
                     raise EndOfData
-                elif self.job.packs:
-                    result = self._calls.next(frame[1])
                 else:
-                    result = self._fetch(self.job.worker_id, frame[1])
-                seconds = time.monotonic() - started
+                    seed_late_comers()
+                    result = self._calls.next(frame[1]) if self.job.packs else self._fetch(self.job.worker_id, frame[1])
+                seconds = time.monotonic() - started - self._waited
                 if result is not SENT:
                     self._answer(result, seconds)
-            except (BrokenPipeError, ConnectionError, EOFError) as error:
+            except (ConnectionError, EOFError) as error:
                 if self._link.is_gone():
                     raise EOFError from error
                 self._link.send((*raised(error, _dumps), time.monotonic() - started))
             except SystemExit:
                 raise
-            except EndOfData as error:
+            except EndOfData:  # of a plain function: a Stream's source does not get through with it
                 self._ended = True
-                seconds = time.monotonic() - started
-                self._link.send((END, seconds) if not self.job.is_stream else (*raised(error, _dumps), seconds))
+                self._link.send((END, time.monotonic() - started))
             except BaseException as error:
                 self._link.send((*raised(error, _dumps), time.monotonic() - started))
-            self._offered = result = request = None  # type: ignore[assignment]
+            if request is not None:
+                request.forget_worker()
+            self._offered = result = request = None
+
+    def _fetch_rows(self, request: _Request) -> Any:
+        seed_by(request.key)
+        try:
+            return self._fetch(request.rows, request)
+        except EndOfData as error:
+            raise InputWorkersError(
+                "the source of a Stream raised EndOfData; a Stream ends by the length of its source"
+            ) from error
 
     def offer(self, rows: int) -> list[NDArray[Any]] | None:
         """Return arrays in the granted block for so many rows; None while the specs are not known."""
@@ -164,21 +158,34 @@ class Worker:
                 return None
             shapes = [spec.batch_shape(rows, axis) for spec, axis in zip(self._specs, self.job.axes, strict=True)]
             dtypes = [spec.dtype for spec in self._specs]
-            offsets, nbytes = layout_of(shapes, dtypes)
-            if not nbytes:
+            if not layout_of(shapes, dtypes)[1]:
                 return None
-            self._offered = self._arrays_in(self._block_of(nbytes), shapes, dtypes, offsets)
+            self.lend(shapes, dtypes)
+        return None if self._offered is None else list(self._offered)
+
+    def lend(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]]) -> list[NDArray[Any]]:
+        """Return arrays in the granted block. Returned as they are by the call that is being made, they are not copied."""
+        offsets, nbytes = layout_of(shapes, dtypes)
+        self._offered = self._arrays_in(self._block_of(nbytes), shapes, dtypes, offsets)
         return list(self._offered)
 
     def _answer(self, result: Any, seconds: float) -> None:
         """Send what the function returned."""
-        is_chunk = type(result) in (list, tuple) and all(type(each) is np.ndarray for each in result)
-        is_chunk = is_chunk and not any(array.dtype.hasobject for array in result)
-        if not is_chunk or sum(array.nbytes for array in result) < INLINE_BELOW_NBYTES:
+        if type(result) not in (list, tuple) or not all(map(_can_be_in_block, result)):
             try:
-                self._link.send((INLINE, result, seconds))
-            except (pickle.PicklingError, TypeError, AttributeError):  # no chunk: the parent says what it wants instead
-                self._link.send((INLINE, _Unpicklable(type(result).__qualname__), seconds))
+                content = _dumps(result)
+            except Exception:  # no chunk: the parent says what it wants instead
+                content = None
+            if content is not None and len(content) > MAX_OTHER_NBYTES:
+                content = None
+            parts = result if type(result) in (list, tuple) else [result]
+            kinds = [
+                (part.dtype, part.ndim) if _can_be_in_block(part) else type(part).__qualname__ for part in parts[:MAX_KINDS]
+            ]
+            self._link.send((OTHER, content, kinds, parts is result, seconds))
+            return
+        if sum(array.nbytes for array in result) < INLINE_BELOW_NBYTES:
+            self._link.send((INLINE, [np.asarray(array) for array in result], seconds))
             return
         shapes, dtypes = [array.shape for array in result], [array.dtype for array in result]
         offered = self._offered
@@ -187,29 +194,34 @@ class Worker:
             in_place = all(array is other for array, other in zip(result, offered, strict=True))
         offsets, nbytes = layout_of(shapes, dtypes)
         if not in_place:
-            targets = self._arrays_in(self._block_of(nbytes), shapes, dtypes, offsets)
             if offered is not None:  # some of the arrays may lie in the block themselves
                 result = [array.copy() if np.may_share_memory(array, offered[0].base) else array for array in result]
+            targets = self._arrays_in(self._block_of(nbytes), shapes, dtypes, offsets)
             for target, array in zip(targets, result, strict=True):
                 np.copyto(target, array, casting="no")
         block, self._granted = self._granted, None
         self._link.send((CHUNK, block, list(zip(shapes, dtypes, offsets, strict=True)), seconds))
+        self._is_served = True
 
     def _send_packed(self, arrays: Sequence[NDArray[Any]], seconds: float) -> None:
         self._link.send((INLINE, arrays, seconds))
 
     def _block_of(self, nbytes: int) -> memoryview:
-        """Return the granted block; asks for one that is large enough, and waits for it."""
-        while self._granted is None or len(self._blocks[self._granted]) < nbytes:
-            if self._granted is not None or not self._is_waiting_for_grant(nbytes):
-                self._granted = None
-                self._link.send((NEED, nbytes))
-            self._receive()
+        """Return the granted block; asks for one that is large enough, and waits for it. Raises OSError: no memory."""
+        started = time.monotonic()
+        while self._is_served and self._granted is None and self._refused is None:
+            self._receive()  # it is on its way, or will be when the chunk before this one was put
+        self._waited += time.monotonic() - started
+        if self._refused is None and (self._granted is None or len(self._blocks[self._granted]) < nbytes):
+            self._granted = None
+            self._needs = True
+            self._link.send((NEED, nbytes))
+            while self._needs:
+                self._receive()
+        refused, self._refused = self._refused, None
+        if refused is not None or self._granted is None:
+            raise OSError(*(refused or ()))
         return self._blocks[self._granted]
-
-    def _is_waiting_for_grant(self, nbytes: int) -> bool:
-        """Whether the parent, who grants a block by itself once it knows how large, will do so."""
-        return any(len(block) >= nbytes for block in self._blocks.values())
 
     def _arrays_in(
         self, block: memoryview, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[np.dtype[Any]], offsets: Sequence[int]
@@ -220,56 +232,45 @@ class Worker:
         """Take in the next frames from the parent. Raises EOFError when there will be none."""
         for frame in self._link.receive():
             if frame[0] == GRANT:
-                _, number, nbytes, is_new = frame
+                _, number, nbytes, is_new, is_needed, gone = frame
                 if is_new:
                     descriptor = self._link.receive_descriptor()
                     try:
                         self._blocks[number] = map_block(descriptor, nbytes)
                     finally:
                         os.close(descriptor)
-                    self._forget_smaller(nbytes)
-                self._granted = number
+                for each in gone:
+                    self._blocks.pop(each, None)
+                self._decide(is_needed, number, None)
+            elif frame[0] == REFUSE:
+                self._decide(frame[3], None, (frame[1], frame[2]))
             elif frame[0] == SPECS:
                 self._specs = frame[1]
             else:
                 self._todo.append(frame)
 
-    def _forget_smaller(self, nbytes: int) -> None:
-        for number in [number for number, block in self._blocks.items() if len(block) < nbytes]:
-            del self._blocks[number]
+    def _decide(self, is_needed: bool, granted: int | None, refused: tuple[int, str] | None) -> None:
+        """Take in what became of a block; what was sent before the parent read a NEED does not count."""
+        if is_needed or not self._needs:
+            self._granted, self._refused, self._needs = granted, refused, False
 
 
-class _Unpicklable:
-    """Stands for a result that is no chunk and cannot be sent."""
+# What is no chunk is refused by the parent, who says what it is; of something large, its type must do.
+MAX_OTHER_NBYTES = 64 * 1024
+MAX_KINDS = 1000
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
 
-    def __repr__(self) -> str:
-        return self.kind
+def _can_be_in_block(array: Any) -> bool:
+    """Whether this is plain values; a memory-mapped array, or another view of them, will do."""
+    if not isinstance(array, np.ndarray) or isinstance(array, (np.ma.MaskedArray, np.matrix)):
+        return False
+    return not array.dtype.hasobject and array.dtype.itemsize > 0
 
 
 def _dumps(value: Any) -> bytes:
     import cloudpickle
 
     return bytes(cloudpickle.dumps(value))
-
-
-def _seed(key: tuple[int, ...]) -> None:
-    """Seed the random numbers that a function may use without asking, by the request alone."""
-    words = np.random.SeedSequence((*key, SEED_OF_GLOBALS)).generate_state(2)
-    random.seed(int(words[0]) << 32 | int(words[1]))
-    np.random.seed(words)
-    for name, seed in (("torch", "manual_seed"), ("tensorflow", "random")):
-        module = sys.modules.get(name)
-        if module is not None:
-            with contextlib.suppress(AttributeError):  # half imported
-                target = getattr(module, seed)
-                (target if name == "torch" else target.set_seed)(int(words[0]))
-
-
-# Unlike any seed of request.rng's own key, which has three or four numbers.
-SEED_OF_GLOBALS = 0x5EED
 
 
 def _die_with_parent(life: int) -> None:
@@ -289,8 +290,10 @@ def _die_with_parent(life: int) -> None:
 
 def serve(end: int, life: int) -> int:
     """Be a worker on these descriptors until the parent closes the pipe; return the exit code."""
-    _die_with_parent(life)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # handled once, in the parent
+    for descriptor in (end, life):  # not for what the function starts
+        os.set_inheritable(descriptor, False)
+    _die_with_parent(life)
     faulthandler.enable()
     faulthandler.register(STACK_SIGNAL, all_threads=True)
     for stream in (sys.stdout, sys.stderr):
@@ -301,9 +304,11 @@ def serve(end: int, life: int) -> int:
         started = time.monotonic()
         job: Job = link.receive()
         try:
+            job.settle()
             random.seed()
             np.random.seed()
             worker = Worker(link, job)
+            seed_late_comers()
             if job.worker_init_fun is not None:
                 pickle.loads(job.worker_init_fun)(job.worker_id)  # noqa: S301
         except BaseException as error:
@@ -324,6 +329,8 @@ def main(end: int, life: int, path: Sequence[str]) -> None:
         code = serve(end, life)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if code and code is not error.code:
+            sys.stderr.write(f"SystemExit: {error.code}\n")
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:

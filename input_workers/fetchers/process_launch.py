@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -46,6 +47,11 @@ class WorkerProcess:
 
     def __init__(self, start: StartMethod) -> None:
         opened: list[int] = []
+        self.ended = self._life = -1
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._forked = False
+        self.pid = 0
+        self.status: int | None = None
         try:
             ours, theirs = socket.socketpair()
             opened += [ours.fileno(), theirs.fileno()]
@@ -55,10 +61,7 @@ class WorkerProcess:
             opened += [out_read, out_write]
             error_read, error_write = os.pipe()
             opened += [error_read, error_write]
-            self._popen: subprocess.Popen[bytes] | None = None
-            self._forked = False
-            theirs.setblocking(True)
-            self.ended = -1
+            theirs.setblocking(True)  # whatever socket.setdefaulttimeout says
             if start == "forkserver":
                 self.pid, self.ended = fork_server.fork([theirs.fileno(), life_read, out_write, error_write])
             elif start == "spawn":
@@ -69,6 +72,7 @@ class WorkerProcess:
                     stdout=out_write,
                     stderr=error_write,
                     env=worker_environment(),
+                    start_new_session=True,  # Ctrl-C is the parent's
                 )
                 self.pid = self._popen.pid
                 self.ended = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else -1
@@ -76,11 +80,14 @@ class WorkerProcess:
                 self.pid = self._fork(theirs.fileno(), life_read, out_write, error_write)
                 self.ended = os.pidfd_open(self.pid) if hasattr(os, "pidfd_open") else -1
         except BaseException:
-            for descriptor in opened:
-                os.close(descriptor)
             if opened:
                 ours.detach()
                 theirs.detach()
+            for descriptor in opened:
+                os.close(descriptor)
+            if self.pid and self.ended < 0:  # it was started, and cannot be watched
+                self.kill()
+                self._reap()
             raise
         theirs.close()
         for descriptor in (life_read, out_write, error_write):
@@ -88,7 +95,7 @@ class WorkerProcess:
         self.link = Link(ours)
         self.outputs = out_read, error_read
         self._life = life_write
-        self.status: int | None = None
+        _running[id(self)] = self
 
     def _fork(self, end: int, life: int, stdout: int, stderr: int) -> int:
         pid = os.fork()
@@ -96,15 +103,23 @@ class WorkerProcess:
             self._forked = True
             return pid
         try:
-            for number in range(3, 4096):  # nothing of the parent's but these
-                if number not in (end, life, stdout, stderr):
-                    try:
-                        os.close(number)
-                    except OSError:
-                        continue
+            gc.freeze()  # what the parent has forgotten must not be closed here, where its numbers have another meaning
+            os.setsid()  # Ctrl-C is the parent's
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            kept = sorted((end, life, stdout, stderr))
+            for after, before in zip([2, *kept], [*kept, os.sysconf("SC_OPEN_MAX")], strict=True):
+                os.closerange(after + 1, before)  # nothing of the parent's
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
-            os.environ.update(worker_environment())
+            os.close(stdout)
+            os.close(stderr)
+            # Whatever the parent's have buffered is the parent's.
+            sys.stdout, sys.stderr = (
+                open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+                for number in (1, 2)
+            )
             main(end, life, sys.path)
         finally:
             os._exit(1)
@@ -136,7 +151,7 @@ class WorkerProcess:
         try:
             return os.waitpid(self.pid, 0)[1] if self._forked else fork_server.wait(self.pid)
         except OSError:  # the fork server has died before it
-            return 0
+            return UNKNOWN
 
     def show_stacks(self) -> None:
         """Have the process write its stacks to its stderr."""
@@ -164,6 +179,7 @@ class WorkerProcess:
             self.kill()
             while not self.has_ended(1.0):
                 pass
+        _running.pop(id(self), None)
         self.link.close()
         life, self._life = self._life, -1
         ended, self.ended = self.ended, -1
@@ -176,6 +192,8 @@ class WorkerProcess:
         status = self.status
         if status is None:
             return "still runs, but has closed its pipe"
+        if status == UNKNOWN:
+            return "has ended (how, only the fork server knew, which has ended too)"
         if os.WIFSIGNALED(status):
             number = os.WTERMSIG(status)
             try:
@@ -184,6 +202,27 @@ class WorkerProcess:
                 name = f"signal {number}"
             return f"was killed by {name}{' (out of memory?)' if number == signal.SIGKILL else ''}"
         return f"exited with code {os.waitstatus_to_exitcode(status)}"
+
+
+def _forget_in_child() -> None:
+    """After a fork of this process: the workers are the parent's, and must notice its end, not this one's."""
+    for process in list(_running.values()):
+        process.link.close()
+        for descriptor in (process._life, process.ended):
+            if descriptor >= 0:
+                os.close(descriptor)
+        process._life = process.ended = -1
+        process.status = UNKNOWN
+        if process._popen is not None:
+            process._popen.returncode = 0  # or it would be missed
+    _running.clear()
+
+
+# All that were started here and not ended; read after a fork, so changed by single calls only.
+_running: dict[int, WorkerProcess] = {}
+UNKNOWN = -1  # instead of a status
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _as_status(returncode: int) -> int:

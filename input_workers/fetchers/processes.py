@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Callable, Sequence
 from threading import Thread
@@ -42,22 +43,32 @@ class ProcessFetchers:
         self._output = WorkerOutput(settings.source)
         self._calls = {recorder.worker_id: WorkerCalls(settings, recorder.worker_id, self._output) for recorder in recorders}
         self._loop = loop
-        self._threads = ThreadFetchers(settings.source, recorders, self._serve, fail, on_end, None)
+        self._on_end = on_end
+        self._threads = ThreadFetchers(settings.source, recorders, self._serve, fail, self._ended, None)
 
     def start(self) -> None:
         """Start every process, or none. Raises ConfigError: fork beside threads; OSError: a limit of the system."""
         if self._settings.start == "fork":
             refuse_fork_beside_threads()
         try:
-            for calls in self._calls.values():
-                calls.launch()
+            for number, calls in enumerate(self._calls.values(), 1):
+                try:
+                    calls.launch()
+                except OSError as error:
+                    raise OSError(
+                        error.errno,
+                        f"source {self._settings.source!r}: worker process {number} of {len(self._calls)} cannot be started: "
+                        f"{error.strerror or error} ({_limits()})",
+                    ) from error
             self._output.start()
             self._threads.start()
         except BaseException:
             self.shut_down()
-            for calls in self._calls.values():
-                calls.close()
-            self._output.stop(time.monotonic() + 1.0)
+            deadline = time.monotonic() + UNDO_SECONDS
+            if not self._threads.join(deadline):  # those that were started serve their workers to the end
+                for calls in self._calls.values():
+                    calls.close()
+            self._output.stop(deadline)
             raise
 
     def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> None:
@@ -66,6 +77,11 @@ class ProcessFetchers:
             self._loop(recorder, interrupted, calls)
         finally:
             calls.close()
+
+    def _ended(self) -> None:
+        """In the last fetcher to end, whose workers have: nobody may come to stop the run."""
+        self._output.stop(time.monotonic() + UNDO_SECONDS)
+        self._on_end()
 
     def check_calls(self, now: float) -> float:
         """Never: each thread watches the calls of its worker."""
@@ -87,6 +103,17 @@ class ProcessFetchers:
         if not stuck:
             stuck = [(thread.name, stack_of(thread)) for thread in self._output.stop(deadline)]
         return stuck
+
+
+# When a start is undone, or a run has ended by itself, what is left of it gets this long.
+UNDO_SECONDS = 2.0
+
+
+def _limits() -> str:
+    """Return the limits that starting a process runs into."""
+    names = {"RLIMIT_NOFILE": "descriptors", "RLIMIT_NPROC": "processes and threads", "RLIMIT_AS": "memory"}
+    found = [(name, what, resource.getrlimit(getattr(resource, name))[0]) for name, what in names.items()]
+    return ", ".join(f"{name}, {what}: {limit}" for name, what, limit in found if limit != resource.RLIM_INFINITY)
 
 
 def pickled(value: Any, what: str) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from input_workers.contracts import ArraySpec, FetchRequest
 from input_workers.fetchers import StartMethod
-from input_workers.fetchers.process_child import Job
+from input_workers.fetchers.worker_job import Job
 
 __all__ = ["Requests", "WorkerSettings"]
 

@@ -231,6 +231,8 @@ class ChunkQueue:
         """
         with self._lock:
             left = self._reclaim()
+            if self._aborted:  # nobody will come for them
+                return
             self._spent = chunks
             self._spent_weight = rows if self._by_rows else len(chunks)
             self._spent_nbytes = nbytes
@@ -258,8 +260,10 @@ class ChunkQueue:
             self._refuse()
             self._seal()
             rows = sum(chunk[1] for chunk in (*self._chunks, *self._turns.give_up()))
+            spent = self._reclaim()
             self._chunks = []
             self._aborted = True
+        del spent
         self._wake.put(None)
         return rows
 

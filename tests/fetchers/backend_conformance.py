@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
+import random
+import select
+import socket
 import threading
 import time
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+import numpy as np
 import pytest
 from gates import HANG_SECONDS, register
 from self_certifying import CertifiedFetch, Witness, make_chunk
@@ -16,6 +22,19 @@ import input_workers as iw
 
 def end_of_data() -> Any:
     raise iw.EndOfData
+
+
+class ThreadCounter:
+    """Counts the calls of `add`."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.value = start
+        self._lock = threading.Lock()
+
+    def add(self) -> int:
+        with self._lock:
+            self.value += 1
+            return self.value - 1
 
 
 class NeedsArguments(Exception):
@@ -52,10 +71,102 @@ ERRORS: dict[str, tuple[BaseException, str]] = {
 }
 
 
+class Scatter:
+    """Lets calls go in a random order, wherever they run: each connects here and waits for an answer.
+
+    Nobody is let go before as many wait as can; a short silence says that no more will come.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, seed: int, together: int) -> None:
+        self.address = f"\0input-workers-tests-{os.getpid()}-{next(self._numbers)}"
+        self.order: list[int] = []  # the requests, as they were let go
+        self._random = random.Random(seed)
+        self._together = together
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.address)
+        self._listener.listen(128)
+        self._end, self._ended = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.close()
+        self._thread.join(HANG_SECONDS)
+        for each in (self._listener, self._ended):
+            each.close()
+
+    def _run(self) -> None:
+        waiting: list[socket.socket] = []
+        while True:
+            ready, _, _ = select.select([self._listener, self._ended], [], [], 0.01 if waiting else None)
+            if self._ended in ready:
+                break
+            if ready:
+                waiting.append(self._listener.accept()[0])
+            if waiting and (not ready or len(waiting) >= self._together):
+                with waiting.pop(self._random.randrange(len(waiting))) as call:
+                    self.order.append(int.from_bytes(call.recv(8), "little"))
+                    call.sendall(b"!")
+        for call in waiting:
+            call.close()
+
+
+class Scattered:
+    """A source with random numbers of its requests, whose calls come back in the order that a Scatter gives."""
+
+    def __init__(self, rows: int, address: str) -> None:
+        self.rows, self.address = rows, address
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def fetch(self, rows: Any, request: iw.FetchRequest) -> Any:
+        with socket.socket(socket.AF_UNIX) as call:
+            call.connect(self.address)
+            call.sendall(request.index.to_bytes(8, "little"))
+            call.recv(1)
+        return [rows.copy(), request.rng.normal(size=(len(rows), 3))]
+
+
+def make_error(what: str) -> BaseException:
+    """Return the error of this name; raised in here, so that its traceback can be looked for."""
+    raise ERRORS[what][0]
+
+
+def error_text(error: BaseException) -> str:
+    return "" if isinstance(error, TextRaises) else str(error)
+
+
 class BackendConformance:
-    """Subclass it with the backend's `fetchers`."""
+    """Subclass it with the backend's `fetchers`, and with fewer `counts` where many are dear.
+
+    What a test shares with the fetchers comes from the methods below.
+    """
 
     fetchers: ClassVar[Any]
+    keeps_classes = True  # an exception comes out as the very object that was raised
+    exits_are_deaths = False  # sys.exit() ends the fetcher
+    ends_by_itself = True  # a fetcher is not cut short when another has failed
+    shares_workers = True  # state of the function is that of all fetchers
+
+    def counter(self, start: int = 0) -> Any:
+        """Return what counts in the test and in every fetcher: `add()` returns the number before; `value`."""
+        return ThreadCounter(start)
+
+    def barrier(self, parties: int) -> Any:
+        """Return what lets so many fetchers `wait(timeout_s)` for each other."""
+        return threading.Barrier(parties)
+
+    def made_of(self, fetch: CertifiedFetch, source: Any) -> int:
+        """Return how many rows the function has returned."""
+        return sum(fetch.made.values())
+
+    counts: ClassVar[tuple[int, ...]] = (1, 2, 7, 64)
 
     def register(self, coordinator: iw.GlobalCoordinator, fetch: Any, batch_size: int = 4, **more: Any) -> Any:
         return register(coordinator, fetch, batch_size, fetchers=self.fetchers, **more)
@@ -71,8 +182,8 @@ class BackendConformance:
         for batch in source:
             witness.see(batch)
         witness.assert_complete()
-        assert witness.rows == sum(fetch.made.values()) == source.stats().rows_delivered
-        assert len(fetch.made) == workers
+        wanted = sum(1 + (worker * 7 + call * 5) % 23 for worker in coordinator.get_worker_ids() for call in range(60))
+        assert witness.rows == wanted == source.stats().rows_delivered == self.made_of(fetch, source)
 
     def test_the_stream_ends_when_the_last_worker_ends_however_unlike_their_lengths(
         self, coordinator: iw.GlobalCoordinator
@@ -97,13 +208,15 @@ class BackendConformance:
         self, coordinator: iw.GlobalCoordinator, what: str, workers: int
     ) -> None:
         error, text = ERRORS[what]
+        if self.exits_are_deaths and isinstance(error, SystemExit):
+            return  # it ends the fetcher, which is another one's test
+        failures = self.counter()
 
         def fail() -> Any:
-            if first.acquire(blocking=False):
-                raise error
+            if failures.add() == 0:
+                raise make_error(what)
             raise iw.EndOfData
 
-        first = threading.Semaphore(1)
         fetch = CertifiedFetch(lambda worker, call: 5 if call < 3 else None, fail)
         source = self.register(coordinator, fetch, 5, num_workers=workers)
         coordinator.start()
@@ -116,7 +229,12 @@ class BackendConformance:
             seen.append(caught.value)
         assert 15 <= witness.rows <= 15 * workers
         assert len(set(map(id, seen))) == 3, "each raise is a new exception"
-        assert all(type(each.__cause__) is type(error) for each in seen)
+        if self.keeps_classes:
+            assert all(type(each.__cause__) is type(error) for each in seen)
+        else:
+            assert all(type(each.__cause__).__name__ == type(error).__name__ for each in seen)
+            assert all("raised in worker process" in each.__cause__.__notes__[-1] for each in seen)
+            assert all("make_error" in each.__cause__.__notes__[-1] for each in seen if len(str(error_text(error))) < 1000)
         assert len({id(each.__cause__) for each in seen}) == 1, "with the same cause"
         assert text in str(seen[0])
         assert str(seen[0]).startswith("source 'train', worker ")
@@ -128,7 +246,7 @@ class BackendConformance:
         self, coordinator: iw.GlobalCoordinator
     ) -> None:
         workers = 4
-        together = threading.Barrier(workers)
+        together = self.barrier(workers)
 
         def fetch(worker_id: int, batch_size: int) -> Any:
             together.wait(HANG_SECONDS)
@@ -144,18 +262,19 @@ class BackendConformance:
         final = closed.value.__cause__
         assert isinstance(final, iw.FetchFailed)
         texts = [str(final), *(note for note in final.__notes__ if note.startswith("later: "))]
-        assert all(any(f"worker {worker} of four" in text for text in texts) for worker in coordinator.get_worker_ids())
+        told = [any(f"worker {worker} of four" in text for text in texts) for worker in coordinator.get_worker_ids()]
+        assert sum(told) == source.stats().fetch_errors["ValueError"] == len(texts)
+        assert sum(told) == workers or not self.ends_by_itself
         assert str(caught.value) == str(final)
-        assert source.stats().fetch_errors == {"ValueError": workers}
 
     @pytest.mark.parametrize("empty", ["None", "zero rows"])
     def test_no_data_now_costs_little_and_says_little(
         self, coordinator: iw.GlobalCoordinator, caplog: pytest.LogCaptureFixture, empty: str
     ) -> None:
-        calls = [0]
+        calls = self.counter()
 
         def fetch(worker_id: int, batch_size: int) -> Any:
-            calls[0] += 1
+            calls.add()
             return None if empty == "None" else make_chunk(worker_id, 0, 0)
 
         source = self.register(coordinator, fetch, num_workers=2)
@@ -166,16 +285,15 @@ class BackendConformance:
                 source.next_batch(1.0)
             cpu = time.process_time() - cpu
         assert cpu < 5 * 0.05, f"{cpu:.2f} s of a core within a second of nothing"
-        assert 4 < calls[0] < 100, "asked again, with longer and longer pauses"
+        assert 4 < calls.value < 100, "asked again, with longer and longer pauses"
         assert len(caplog.records) <= 5
 
     def test_data_that_come_after_a_pause_are_fetched(self, coordinator: iw.GlobalCoordinator) -> None:
         fetch = CertifiedFetch(lambda worker, call: 4 if call < 20 else None, end_of_data)
-        turns = [0]
+        turns = self.counter(1)
 
         def now_and_then(worker_id: int, batch_size: int) -> Any:
-            turns[0] += 1
-            return None if turns[0] % 3 else fetch(worker_id, batch_size)
+            return None if turns.add() % 3 else fetch(worker_id, batch_size)
 
         source = self.register(coordinator, now_and_then, 4)
         coordinator.start()
@@ -201,5 +319,59 @@ class BackendConformance:
         stats = source.stats()
         assert stats.rows_fetched == stats.rows_delivered + sum(stats.rows_dropped.values())
         assert stats.rows_delivered == witness.rows
-        assert stats.rows_fetched == sum(fetch.made.values())
+        if self.shares_workers:
+            assert stats.rows_fetched == self.made_of(fetch, source)
         assert "OSError: the last of them" in coordinator.last_stop.failures["train"]
+
+    @pytest.mark.parametrize("seed", [0, 1, 20_000])
+    @pytest.mark.parametrize("epoch_end", ["run_on", "break"])
+    def test_ordered_streams_are_the_same_bits_however_many_fetch_and_in_whatever_order_they_finish(
+        self, seed: int, epoch_end: str
+    ) -> None:
+        streams: list[list[tuple[int, bytes, bytes]]] = []
+        orders: list[list[int]] = []
+        for workers in self.counts:
+            coordinator = iw.GlobalCoordinator()
+            with Scatter(seed, min(workers, 4)) as scatter:
+                stream = iw.Stream(Scattered(150, scatter.address), True, seed, 2, rows_per_request=7, epoch_end=epoch_end)
+                source = self.register(
+                    coordinator, stream, 8, num_workers=workers, ordered=True, last_batch="keep", max_buffered_batches=5
+                )
+                with coordinator:
+                    batches = [batch for _ in range(3) for batch in source]
+                orders.append(scatter.order)
+            assert coordinator.last_stop.failures == {}
+            assert source.stats().rows_delivered == 300
+            streams.append([(batch.epoch, batch.data.tobytes(), batch.label.tobytes()) for batch in batches])
+        assert all(each == streams[0] for each in streams)
+        assert orders[0] == sorted(orders[0])
+        assert all(order != sorted(order) for order in orders[1:]), "nothing was out of order, so nothing was shown"
+        assert {row for _, data, _ in streams[0] for row in np.frombuffer(data, np.int64).tolist()} == set(range(150))
+
+    @pytest.mark.parametrize("at", [0, 5, 21])
+    def test_ordered_a_failure_stands_at_its_request(self, coordinator: iw.GlobalCoordinator, at: int) -> None:
+        with Scatter(at, 3) as scatter:
+            source = self.register(
+                coordinator, iw.Stream(FailsAt(150, scatter.address, at), rows_per_request=7), 7, num_workers=4, ordered=True
+            )
+            coordinator.start()
+            rows: list[int] = []
+            with pytest.raises(iw.FetchFailed, match=rf"request {at}: ValueError: at {at}"):  # noqa: PT012
+                while True:
+                    rows += source.next_batch().data.tolist()
+            assert rows == [*range(7 * at)]
+            assert coordinator.stop()
+
+
+class FailsAt(Scattered):
+    """Fails in one request, and in all that follow."""
+
+    def __init__(self, rows: int, address: str, at: int) -> None:
+        super().__init__(rows, address)
+        self.at = at
+
+    def fetch(self, rows: Any, request: iw.FetchRequest) -> Any:
+        arrays = super().fetch(rows, request)
+        if request.index >= self.at:
+            raise ValueError(f"at {request.index}")
+        return arrays

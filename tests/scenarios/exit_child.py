@@ -1,4 +1,4 @@
-"""A trainer that ends in one of seven ways. Run by test_exit_matrix: exit_child.py END HOLD STOP QUEUE FEED."""
+"""A trainer that ends in one of eight ways. Run by test_exit_matrix: exit_child.py END HOLD STOP QUEUE FEED [START]."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import atexit
 import faulthandler
 import gc
 import os
+import signal
 import sys
+import tempfile
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +28,10 @@ def say_what_still_runs() -> None:
 
 def main() -> None:
     atexit.register(say_what_still_runs)
-    end, hold, stop, state, feed = sys.argv[1:]
-    calls = threading.Semaphore(0)
+    end, hold, stop, state, feed, *start = sys.argv[1:]
+    calls: Any = threading.Semaphore(0)
+    if start:
+        calls = Calls()
 
     def fetch(worker_id: int, batch_size: int) -> object:
         calls.release()
@@ -38,7 +43,8 @@ def main() -> None:
 
     started: list[int] = []
     coordinator = iw.GlobalCoordinator()
-    iw.init_data_input_workers(feed, ["data", "label"], fetch, 8, num_workers=2, coordinator=coordinator)
+    iw.init_data_input_workers(feed, ["data", "label"], fetch, 8, num_workers=2, coordinator=coordinator,
+                               fetchers=iw.Processes(start=start[0]) if start else "thread")  # fmt: skip
     source = coordinator["train"]
     if end != "with":
         coordinator.start()
@@ -63,6 +69,8 @@ def main() -> None:
         raise ValueError("the user's own")
     if end == "interrupt":
         raise KeyboardInterrupt
+    if end == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if end == "os._exit":
         os._exit(4)
     if end == "collected":
@@ -72,7 +80,43 @@ def main() -> None:
         globals()["coordinator"] = coordinator
 
 
-def run(coordinator: iw.GlobalCoordinator, source: object, state: str, calls: threading.Semaphore) -> list[object]:
+class Calls:
+    """Counts calls of functions in other processes, by a pipe with a name."""
+
+    def __init__(self) -> None:
+        self.path = os.path.join(tempfile.mkdtemp(), "calls")  # in a folder that the test removes
+        os.mkfifo(self.path)
+        self._read = os.open(self.path, os.O_RDWR)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Caller, (self.path,)
+
+    def acquire(self, timeout: float) -> None:
+        os.read(self._read, 1)
+
+    def release(self) -> None:
+        raise AssertionError("not in a worker")
+
+
+class Caller:
+    """The other side of Calls."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def release(self) -> None:
+        try:
+            end = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # the trainer has ended
+            return
+        try:
+            os.write(end, b"+")
+        except BlockingIOError:  # enough
+            pass
+        os.close(end)
+
+
+def run(coordinator: iw.GlobalCoordinator, source: object, state: str, calls: Any) -> list[object]:
     held = [source.next_batch(HANG_SECONDS) for _ in range(3)]
     if state == "flowing":
         held += [source.next_batch(HANG_SECONDS) for _ in range(20)]

@@ -1,0 +1,207 @@
+"""Blocks of shared memory: how many there are, that they are used again, and what of a run is left; and seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+import threading
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+from fetchers.shared_between import CertifiedRows, rows_seen
+from gates import await_true, register
+
+import input_workers as iw
+from input_workers import leases
+
+
+def blocks() -> set[str]:
+    """The blocks of this process, by its descriptors."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue
+        if "input_workers-" in target:
+            found.add(target)
+    return found
+
+
+def mapped() -> int:
+    with open("/proc/self/maps") as maps:
+        return sum("input_workers-" in line for line in maps)
+
+
+def test_a_stalled_trainer_holds_no_more_blocks_than_workers_and_buffers(coordinator: iw.GlobalCoordinator) -> None:
+    stream = iw.Stream(CertifiedRows(4000, width=300), epochs=None, rows_per_request=8)
+    source = register(coordinator, stream, 8, num_workers=2, fetchers="process", max_buffered_batches=3, device_queue_depth=2)
+    coordinator.start()
+    source.next_batch()
+    await_true(lambda: source.stats().fetcher_blocked_seconds > 0.2)
+    assert 3 <= len(blocks()) <= 3 + 2 + 2 + 4
+
+
+def test_blocks_are_used_again_and_go_with_the_run(coordinator: iw.GlobalCoordinator, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    init = leases.Block.__init__
+    monkeypatch.setattr(leases.Block, "__init__", lambda block, nbytes: (made.append(nbytes), init(block, nbytes))[1])
+    stream = iw.Stream(CertifiedRows(4000, width=300), epochs=None, rows_per_request=8)
+    source = register(coordinator, stream, 8, num_workers=2, fetchers="process", max_buffered_batches=2, device_queue_depth=2)
+    coordinator.start()
+    for _ in range(100):
+        rows_seen(source.next_batch())
+    after_100 = len(made)
+    for _ in range(900):
+        source.next_batch()
+    assert len(made) - after_100 <= 4
+    held = source.next_batch()
+    assert coordinator.stop()
+    assert len(blocks()) <= 1
+    rows_seen(held)
+    del held
+    assert blocks() == set()
+    assert mapped() == 0
+
+
+def test_no_memory_for_a_block_is_an_error_of_the_call_that_names_it(
+    coordinator: iw.GlobalCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, nbytes: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    source = register(coordinator, iw.Stream(CertifiedRows(40, width=3000), rows_per_request=4), 4, fetchers="process")
+    coordinator.start()
+    with pytest.raises(iw.FetchFailed, match=r"Errno 28.*No space left.*shared memory.*wanted \d+ bytes"):
+        source.next_batch()
+
+
+def test_out_is_the_block_and_a_chunk_that_is_a_batch_is_not_copied(coordinator: iw.GlobalCoordinator) -> None:
+    class Writes(CertifiedRows):
+        def fetch(self, rows: Any, request: Any) -> Any:
+            arrays = super().fetch(rows, request)
+            out = request.out
+            if out is None:
+                return arrays
+            for target, array in zip(out, arrays, strict=True):
+                target[...] = array
+            return out
+
+    stream = iw.Stream(Writes(400, width=400), rows_per_request=8)
+    source = register(
+        coordinator, stream, 8, fetchers="process", specs=[iw.ArraySpec((400,), np.int64), iw.ArraySpec((), np.int64)]
+    )
+    coordinator.start()
+    with open("/proc/self/maps") as maps:
+        maps.read()
+    for batch in source:
+        rows_seen(batch)
+        address = batch.data.ctypes.data
+        with open("/proc/self/maps") as maps:
+            lines = [line for line in maps if "input_workers-" in line]
+        ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+        assert any(begin <= address < end for begin, end in ranges)
+
+
+@pytest.mark.parametrize("start", ["forkserver", "spawn"])
+def test_twenty_runs_leave_nothing(coordinator: iw.GlobalCoordinator, start: Any) -> None:
+    source = register(coordinator, iw.Stream(CertifiedRows(64, width=300), rows_per_request=8), 8, num_workers=2,
+                      fetchers=iw.Processes(start=start))  # fmt: skip
+    counts = set()
+    for _ in range(20 if start == "forkserver" else 4):
+        coordinator.start()
+        rows_seen(source.next_batch())
+        assert coordinator.stop()
+        counts.add((len(os.listdir("/proc/self/fd")), threading.active_count(), mapped()))
+    assert len(counts) == 1, counts
+
+
+def test_a_default_timeout_of_sockets_is_nobodys(coordinator: iw.GlobalCoordinator) -> None:
+    socket.setdefaulttimeout(0.01)
+    try:
+        source = register(coordinator, iw.Stream(CertifiedRows(64), rows_per_request=8), 8, fetchers="process")
+        coordinator.start()
+        assert sum(len(rows_seen(batch)) for batch in source) == 64
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+class Random:
+    """Rows of the random numbers that functions use without asking."""
+
+    def __len__(self) -> int:
+        return 120
+
+    def fetch(self, rows: Any, request: Any) -> Any:
+        return [rows, np.array([[random.random(), np.random.random(), torch_seed()] for _ in rows])]
+
+
+def import_torch(worker_id: int) -> None:
+    """Stands for a framework that the function has imported: loading the real one takes seconds."""
+    torch = types.SimpleNamespace(seed=0)
+    torch.manual_seed = lambda seed: setattr(torch, "seed", seed)
+    sys.modules["torch"] = torch  # type: ignore[assignment]
+
+
+def torch_seed() -> float:
+    return float(sys.modules["torch"].seed)
+
+
+def test_random_numbers_of_a_stream_depend_on_its_requests_alone() -> None:
+    streams = []
+    for workers in (1, 2, 5):
+        coordinator = iw.GlobalCoordinator()
+        source = register(
+            coordinator,
+            iw.Stream(Random(), seed=3, rows_per_request=6),
+            6,
+            num_workers=workers,
+            fetchers=iw.Processes(worker_init_fun=import_torch),
+        )
+        with coordinator:
+            streams.append(sorted((batch.data[0], batch.label.tobytes()) for batch in source))
+    assert streams[0] == streams[1] == streams[2]
+    assert len({label for _, label in streams[0]}) == 20
+
+
+def test_workers_of_a_plain_function_do_not_share_their_seeds(coordinator: iw.GlobalCoordinator) -> None:
+    def fetch(worker_id: int, batch_size: int) -> Any:
+        if done:
+            raise iw.EndOfData
+        done.append(True)
+        return [np.array([random.random(), np.random.random(), torch_seed()])[None], np.array([worker_id])]
+
+    done: list[bool] = []
+    source = register(coordinator, fetch, 1, num_workers=4, fetchers=iw.Processes(worker_init_fun=import_torch))
+    coordinator.start()
+    numbers = np.concatenate([batch.data for batch in source])
+    assert len(numbers) == 4
+    assert all(len(set(column)) == 4 for column in numbers.T.tolist())
+
+
+class WritesInPlace:
+    def __len__(self) -> int:
+        return 10_000
+
+    def fetch(self, rows: Any, request: iw.FetchRequest) -> Any:
+        out = request.out
+        if out is None:
+            return [np.zeros((len(rows), 3000)), rows.copy()]
+        out[0][:], out[1][:] = 0, rows
+        return out
+
+
+def test_waiting_for_a_block_is_no_time_of_the_function(coordinator: iw.GlobalCoordinator) -> None:
+    source = register(coordinator, iw.Stream(WritesInPlace(), rows_per_request=8), 8, num_workers=2, fetchers="process",
+                      max_buffered_batches=2, device_queue_depth=2)  # fmt: skip
+    coordinator.start()
+    source.next_batch()
+    await_true(lambda: source.stats().fetcher_blocked_seconds > 2.0)
+    for _ in range(20):
+        source.next_batch()
+    assert source.stats().fetcher_busy_seconds < 0.5
