@@ -29,10 +29,10 @@ def test_kills_of_a_plain_functions_workers(coordinator: iw.GlobalCoordinator) -
     kill_a_plain_function(coordinator, 500, 7)
 
 
-def test_five_hundred_runs_leave_nothing(coordinator: iw.GlobalCoordinator) -> None:
+def test_a_thousand_runs_leave_nothing(coordinator: iw.GlobalCoordinator) -> None:
     source = register(coordinator, iw.Stream(CertifiedRows(64, width=300), rows_per_request=8), 8, fetchers="process")
     counts = set()
-    for _ in range(500):
+    for _ in range(1000):
         coordinator.start()
         rows_seen(source.next_batch())
         assert coordinator.stop()
