@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from input_workers import feeds, sources
+from input_workers import adapters, feeds, sources
 from input_workers.contracts import ArraySpec, FetchRequest
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator
 from input_workers.coordinator.global_coordinator import GlobalCoordinator
@@ -31,7 +31,8 @@ from input_workers.errors import (
     WorkerDied,
 )
 from input_workers.fetchers import Processes, Threads
-from input_workers.metrics.snapshot import DeviceStats, SourceStats, StopReport
+from input_workers.metrics.snapshot import DeviceStats, SourceStats, StageShares, StopReport, WindowStats
+from input_workers.metrics.timed import timed
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
 
@@ -58,17 +59,21 @@ __all__ = [
     "SourceFailed",
     "SourceStats",
     "SpecMismatch",
+    "StageShares",
     "StateMismatch",
     "StopReport",
     "Stream",
     "Threads",
     "WaitTimeout",
+    "WindowStats",
     "WorkerDied",
+    "adapters",
     "feeds",
     "global_coordinator",
     "init_data_input_workers",
     "serve_metrics",
     "sources",
+    "timed",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `input-workers train | check | verify-resume | bench`. Arguments go in, an exit code comes out.
+"""The command line: `input-workers train | check | verify-resume | bench | top`. Arguments go in, an exit code comes out.
 
 0: done. 1: it failed, or the configuration has faults; the message says why. 2: the command line is wrong.
 130: interrupted by Ctrl-C.
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 FAILED, INTERRUPTED = 1, 130
+DEFAULT_URL = "http://127.0.0.1:9108"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; `arguments` are those of the process by default. Returns the exit code."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "top" and parsed.json and not parsed.once:
+        parser.error("top: --json goes with --once")
     try:
         if parsed.command == "train":
             return _train(parsed.config, parsed.resume)
@@ -32,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _check(parsed.config)
         if parsed.command == "verify-resume":
             return _verify_resume(parsed.config, parsed.at)
+        if parsed.command == "top":
+            return _top(parsed.url, parsed.once, parsed.json)
         return _bench(parsed.benchmark, parsed.only)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -60,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure the package against the limits of this machine")
     bench.add_argument("benchmark", choices=["core", "processes", "streams"])
     bench.add_argument("only", nargs="?", help="run only those whose name contains this")
-    for command in (train, check, verify, bench):  # after the command too; left out there, it does not undo the first
+    top = commands.add_parser("top", help="show the numbers of a trainer that serves its metrics, refreshed every second")
+    top.add_argument("url", metavar="URL", nargs="?", default=DEFAULT_URL, help=f"by default {DEFAULT_URL}")
+    top.add_argument("--once", action="store_true", help="show them once, and end")
+    top.add_argument("--json", action="store_true", help="with --once: print them as JSON")
+    for command in (train, check, verify, bench, top):  # after the command too; left out there, it does not undo the first
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
@@ -78,6 +88,21 @@ def _verify_resume(path: str, at: Sequence[int]) -> int:
     from input_workers.jobs.verify_resume import verify_resume
 
     return 0 if verify_resume(load_config(path), at, _console()) else FAILED
+
+
+def _top(url: str, once: bool, as_json: bool) -> int:
+    from input_workers.metrics.top import read_status, show_once, watch
+
+    if as_json:
+        print(read_status(url)[1])
+    elif once:
+        show_once(url, _console())
+    else:
+        try:
+            watch(url, _console())
+        except KeyboardInterrupt:
+            pass  # that is how it is ended
+    return 0
 
 
 def _console() -> Console:

@@ -87,6 +87,7 @@ def test_the_digits_are_learnt_and_every_row_is_accounted_for(config):
     assert test in out
     shares = re.findall(r"(train|test): fetching ([\d.]+)%.*, copying ([\d.]+)%, waiting for input ([\d.]+)%", out)
     assert [share[0] for share in shares] == ["train", "test"]
+    assert len(re.findall(r"stopped; while it ran \([\d.]+ s, \w+\): .*(trainer waits|batches were not)", out)) == 2
     assert all(0 <= float(number) <= 100 for share in shares for number in share[1:])
     epochs = re.findall(r"loss [\d.]+, accuracy [\d.]+%, [\d,]+ inputs/sec, queue depth [\d.]+, test accuracy", out)
     assert len(epochs) == 12

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from input_workers.contracts import ArraySpec
+from input_workers.coordinator.condition import Condition, condition_of
 from input_workers.coordinator.source_core import SourceCore
 from input_workers.errors import ConfigError, EndOfData
 from input_workers.metrics.snapshot import DeviceStats, SourceStats
@@ -128,6 +129,16 @@ class DataInputCoordinator:
     def stats(self) -> SourceStats:
         """Return the numbers of this moment; counts go on over stop and start."""
         return self._core.stats()
+
+    def condition(self, stalled_after_s: float = 60.0) -> Condition:
+        """Return whether the source makes progress, and if not, why.
+
+        Args:
+            stalled_after_s: it is stalled if a trainer asked for a batch so many seconds ago, got none, and none has come
+                since. A trainer that does not ask is not waited for.
+        """
+        run = self._core.run
+        return Condition("new") if run is None else condition_of(run, stalled_after_s)
 
     def put_metric(self, key: str, value: float, count: bool = True) -> None:
         """Add to a sum that external loggers get, of their interval, as `key`, and how often as `key_count`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.leases import CopyPool, SlotPool
 from input_workers.lifecycle import StopSignal
 from input_workers.metrics.recorder import FetcherRecorder, SourceRecorder
+from input_workers.metrics.timed import fetcher_here
 from input_workers.policy import Quarantine
 from input_workers.progress import KEPT, DeliveryLog, Progress
 from input_workers.sources.mix import MixPlan
@@ -81,6 +83,7 @@ class FetchSide:
         self._signal = signal
         self._copies = CopyPool(COPY_SLABS_KEPT)
         self._out_pools: dict[int, SlotPool] = {}
+        self._workers = workers
         self._out_keep = workers + 2
         self._plan: StreamPlan | MixPlan | None = None
         self._position = position
@@ -172,7 +175,7 @@ class FetchSide:
             start=processes.start_method,
             restarts=processes.restarts,
             fetch_timeout_s=settings.fetch_timeout_s,
-            keep_blocks=settings.device_queue_depth + 2,
+            keep_blocks=max(1, math.ceil((settings.device_queue_depth + 2) / self._workers)),
             job=lambda worker_id: Job(fetch, init, worker_id, is_stream, settings.batch_axes, packs),
             requests=self.calls if isinstance(self.calls, StreamCalls) else None,
             function=self.calls,
@@ -189,19 +192,24 @@ class FetchSide:
         calls: WorkerCalls | None = None,
     ) -> None:
         """Run the fetch loop, in a fetcher's thread, with these calls instead of our own; it never raises."""
-        fetch_loop(
-            self._settings.name,
-            self.calls if calls is None else calls,
-            ChunkCheck(self._book),
-            self.chunks,
-            recorder,
-            self._signal.ended.wait,
-            self.fail,
-            self._copies.copy,
-            self.recovery,
-            interrupted,
-            self.nothing_left,
-        )
+        recorder.begin_work()
+        try:
+            with fetcher_here(recorder):
+                fetch_loop(
+                    self._settings.name,
+                    self.calls if calls is None else calls,
+                    ChunkCheck(self._book),
+                    self.chunks,
+                    recorder,
+                    self._signal.ended.wait,
+                    self.fail,
+                    self._copies.copy,
+                    self.recovery,
+                    interrupted,
+                    self.nothing_left,
+                )
+        finally:
+            recorder.end_work()
 
     def fail(self, failure: Failure, request: FetchRequest | None) -> None:
         """A call has failed. In ordered delivery, what comes before it is delivered first."""

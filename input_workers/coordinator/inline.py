@@ -22,6 +22,7 @@ from input_workers.flow.device_queue import DeviceQueue
 from input_workers.flow.enqueuer import Enqueuer
 from input_workers.lifecycle import StopSignal, seconds_left
 from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.timed import fetcher_here
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,25 +74,29 @@ class InlineFetcher:
             raise LifecycleError(
                 f"source {self._source!r}: with num_workers=0 one thread reads at a time, and not from its own fetch function"
             )
+        thread = threading.get_ident()
         try:
+            device.recorder.begin_wait(thread, time.monotonic())
             self._user = threading.current_thread()
             self._wanted_by = device
+            device.asked()
             self._deadline = time.monotonic() + timeout_s
             self._tried = False
             self._enqueuer.deliver(self._chunks.take(0))  # end marks of epochs that an earlier run delivered
-            ended = fetch_loop(
-                self._source,
-                self._calls,
-                self._check,
-                self,
-                self._recorder,
-                self._idle,
-                self._fail,
-                np.array,
-                self._recovery,
-                None,
-                self._skip,
-            )
+            with fetcher_here(self._recorder):
+                ended = fetch_loop(
+                    self._source,
+                    self._calls,
+                    self._check,
+                    self,
+                    self._recorder,
+                    self._idle,
+                    self._fail,
+                    np.array,
+                    self._recovery,
+                    None,
+                    self._skip,
+                )
             if ended or self._signal.failure is not None:
                 self._chunks.close()
                 self._enqueuer.finish()
@@ -101,6 +106,7 @@ class InlineFetcher:
         finally:
             self._user = None
             self._in_use.release()
+            device.recorder.end_wait(thread, time.monotonic())
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait until nobody is in `provide`, and account for what is held; return (name, stack) of who still is."""

@@ -57,12 +57,15 @@ class Ticker:
 def log_line(core: SourceCore) -> None:
     """Write the numbers of a source to the log."""
     stats = core.stats()
+    window = stats.windows["run" if stats.verdict in ("starting", "stopped") else "60s"]
     log.info(
-        "source %r: %.1f inputs/sec, queue depth %.1f batches, %s",
+        "source %r: %.1f inputs/sec, queue depth %.1f batches, %s; %s: %s",
         core.settings.name,
         stats.inputs_per_second,
         stats.queue_depth,
         stats.ledger,
+        window.verdict,
+        window.verdict_text,
     )
 
 

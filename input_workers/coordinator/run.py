@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 from input_workers.contracts import ArraySpec, FetcherBackend
 from input_workers.coordinator import exit_hook
@@ -30,11 +30,9 @@ from input_workers.flow.enqueuer import Enqueuer
 from input_workers.lifecycle import StopSignal
 from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import StuckThread
+from input_workers.metrics.windows import Marks
 from input_workers.policy import Quarantine
 from input_workers.sources.state import Position
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Run"]
 
@@ -134,6 +132,7 @@ class Run:
             )
         self._thread = threading.Thread(target=self._enqueue, name=f"enqueuer-{settings.name}", daemon=True)
         self._threads_left = 2
+        self._marks: Marks | None = None
 
     def _device(
         self, number: int, name: str, device: DeviceSettings, make_batch: Callable[[Sequence[Any]], Any], inline: bool
@@ -155,7 +154,12 @@ class Run:
     def start(self) -> None:
         """Start every thread, or none. Raises what starting a thread raises, after undoing what was started."""
         self.book.begin()
+        now = time.monotonic()
+        self.recorder.has_enqueuer = self._fetchers is not None
+        self._marks = self.recorder.begin(now)
         if self._fetchers is None:
+            inline = self._fetcher_recorders[0]
+            inline.worked = inline.worked[0], now
             return
         exit_hook.remember(self)
         try:
@@ -174,6 +178,8 @@ class Run:
             )
         if self._inline is not None:
             self._inline.provide(device.queue, timeout_s)
+            if self.signal.ended.is_set():
+                self._end_windows()
             timeout_s = 0.0
         return device.next_batch(timeout_s)
 
@@ -220,6 +226,7 @@ class Run:
         if self.forked:  # a lock may be held for ever by a thread that only the parent has
             return
         self.signal.request_stop()
+        self._end_windows()
         self.recorder.drop("stopped", self.chunks.abort())
         self.book.end()
         self.signal.ended.set()
@@ -258,6 +265,13 @@ class Run:
             error.__cause__ = failure.exception()
         return error
 
+    @property
+    def state(self) -> Literal["starting", "running", "stopped"]:
+        """Whether batches come: not yet, now, or no more."""
+        if self.signal.stopping or (self.signal.ended.is_set() and all(each.queue.is_over for each in self.devices.values())):
+            return "stopped"
+        return "running" if self._marks is not None and self._marks.has_begun else "starting"
+
     def _close_input(self) -> None:
         """No chunk will be taken any more."""
         self.chunks.close()
@@ -270,9 +284,14 @@ class Run:
 
     def _enqueue(self) -> None:
         self.enqueuer.run()
+        self._end_windows()
         if self.signal.stopping:
             self.abort()
         self._thread_ended()
+
+    def _end_windows(self) -> None:
+        if self._marks is not None:
+            self.recorder.end(self._marks, time.monotonic())
 
     def _thread_ended(self) -> None:
         with self._lock:

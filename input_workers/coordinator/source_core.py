@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from input_workers.contracts import batch_type
+from input_workers.coordinator.attribution import attribute
 from input_workers.coordinator.reporter import LoggerFeed, Ticker
 from input_workers.coordinator.run import Run
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
@@ -223,6 +224,10 @@ class SourceCore:
         devices = {name: self._device_stats(name, now) for name in self.devices}
         wait = sum(device.wait_seconds for device in devices.values())
         enqueuer_busy = sum(device.send.seconds for device in devices.values())
+        parts = {name: _histogram(part) for name, part in sorted(total.parts.items())}
+        slowest = max(parts, key=lambda name: parts[name].seconds, default="")
+        state = run.state if run is not None else "starting"
+        windows, latest = attribute(self.settings, len(self.worker_ids), self.recorder, state, slowest, now)
         alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,
@@ -244,10 +249,13 @@ class SourceCore:
             enqueuer_busy_seconds=enqueuer_busy,
             enqueuer_blocked_seconds=waited(self.recorder.enqueuer_blocked, now),
             consumer_wait_seconds=wait,
-            batches_not_ready=0,
-            verdict=self._verdict(now, wait, enqueuer_busy, calls.seconds),
+            batches_not_ready=sum(recorder.batches_not_ready for recorder in self.device_recorders.values()),
+            verdict=latest.verdict,
             devices=MappingProxyType(devices),
             fetch=calls,
+            verdict_text=latest.verdict_text,
+            windows=MappingProxyType(windows),
+            fetch_parts=MappingProxyType(parts),
         )
 
     def _device_stats(self, name: str, now: float) -> DeviceStats:
@@ -259,25 +267,9 @@ class SourceCore:
             rows_padded=recorder.rows_padded,
             queue_depth=len(run.devices[name].queue) if run is not None else 0,
             inputs_per_second=recorder.rows_per_second(now),
-            wait_seconds=recorder.wait_seconds,
+            wait_seconds=recorder.waited_seconds(now),
             send=_histogram(recorder.send),
         )
-
-    def _verdict(self, now: float, wait: float, enqueuer_busy: float, fetch_busy: float) -> str:
-        run = self.run
-        if run is None:
-            return "starting"
-        if run.signal.stopping:
-            return "stopped"
-        if not any(recorder.batches_delivered for recorder in self.device_recorders.values()):
-            return "starting"
-        if wait < TRAINER_BOUND_SHARE * max(now - run.started, 1e-9):
-            return "trainer"
-        return "enqueue" if enqueuer_busy > fetch_busy / max(1, len(self.worker_ids)) else "fetch"
-
-
-# A trainer that waits less than this share of its time is not held up by its input.
-TRAINER_BOUND_SHARE = 0.05
 
 
 def _histogram(histogram: Histogram) -> HistogramStats:

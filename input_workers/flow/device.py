@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,7 +84,14 @@ class Device:
 
     def send(self, target: Target, slot: Slot) -> bool:
         """Move the slot to the device and queue it; False: the device was stopped. There must be room."""
-        ticket = target.feed.send(slot)
+        recorder, started = self.queue.recorder, time.monotonic()
+        so_far, _ = recorder.feed
+        recorder.feed = so_far, started
+        try:
+            ticket = target.feed.send(slot)
+        finally:
+            recorder.feed = so_far + time.monotonic() - started, math.inf
+        recorder.sent += 1
         return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch, slot.parts))
 
     def next_batch(self, timeout_s: float) -> Any:

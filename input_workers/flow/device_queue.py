@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ class DeviceQueue:
     Attributes:
         log: the last deliveries of this queue.
         progress: where what leaves the log goes; None: nobody asks.
+        asked_in_vain_since: `time.monotonic()` when a getter first found nothing, if nothing was put since then, or `inf`.
     """
 
     # Invariant under _lock: every batch ever put is in `_batches`, in hand, delivered (counted by the recorder) or
@@ -45,6 +47,7 @@ class DeviceQueue:
         self.recorder = recorder
         self.log = DeliveryLog()
         self.progress: Progress | None = None
+        self.asked_in_vain_since = math.inf
         self._wake = wake
         self._lock = threading.Lock()
         self._gates: list[threading.Lock] = []  # of getters that wait; one that has given up may still be among them
@@ -68,6 +71,7 @@ class DeviceQueue:
             if self._error is not None:
                 return False
             self._batches.append(batch)
+            self.asked_in_vain_since = math.inf
             self._open_gates()
         return True
 
@@ -89,9 +93,11 @@ class DeviceQueue:
                         gate = threading.Lock()
                         gate.acquire()
                         self._gates.append(gate)
+                        started = time.monotonic()
+                        self.recorder.begin_wait(threading.get_ident(), started)
                 if gate is not None:
-                    deadline = time.monotonic() + timeout_s if deadline is None else deadline
-                    if not self._pass(gate, deadline):
+                    deadline = started + timeout_s if deadline is None else deadline
+                    if not self._pass(gate, deadline, started):
                         raise WaitTimeout(
                             f"{waiting_for}: no batch within {timeout_s:g} s; nothing is lost, ask again, or look at "
                             "stats() for who is waiting"
@@ -103,6 +109,8 @@ class DeviceQueue:
         except BaseException:  # Ctrl-C may come anywhere above
             if batch is not None:
                 self.put_back(batch)
+            with self._lock:
+                self.recorder.end_wait(threading.get_ident(), time.monotonic())
             raise
 
     def _take(self) -> QueuedBatch | None:
@@ -110,6 +118,7 @@ class DeviceQueue:
         if not self._batches:
             if self._error is not None:
                 raise self._error()
+            self.asked()
             return None
         batch = self._batches[0]
         key = id(batch)
@@ -118,15 +127,18 @@ class DeviceQueue:
         del self._batches[0]
         return batch
 
-    def _pass(self, gate: threading.Lock, deadline: float) -> bool:
+    def asked(self) -> None:
+        """Somebody wants a batch, and there is none."""
+        self.asked_in_vain_since = min(self.asked_in_vain_since, time.monotonic())
+
+    def _pass(self, gate: threading.Lock, deadline: float, started: float) -> bool:
         """Wait until the gate is opened; False: it was not, in time."""
         # Not a Condition: Ctrl-C while its `wait` takes the lock again would leave that lock in an unknown state.
-        started = time.monotonic()
         left = deadline - started
         passed = gate.acquire(timeout=min(left, threading.TIMEOUT_MAX)) if left > 0 else False
-        waited = time.monotonic() - started
+        now = time.monotonic()
         with self._lock:
-            self.recorder.wait_seconds += waited
+            self.recorder.end_wait(threading.get_ident(), now)
             if not passed and gate in self._gates:
                 self._gates.remove(gate)
         return passed
@@ -205,6 +217,11 @@ class DeviceQueue:
     def is_empty(self) -> bool:
         """Whether a `get` would have to wait."""
         return not self._batches and self._error is None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more can be put, and nothing is left."""
+        return self._error is not None and not self._batches
 
     @property
     def ended(self) -> bool:

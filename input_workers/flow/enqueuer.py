@@ -18,7 +18,7 @@ from input_workers.flow.device import Device, Target
 from input_workers.flow.device_queue import QueuedBatch
 from input_workers.flow.rechunker import Rechunker, rows_between
 from input_workers.lifecycle import StopSignal, seconds_left
-from input_workers.metrics.recorder import SourceRecorder
+from input_workers.metrics.recorder import SourceRecorder, waited
 from input_workers.progress import MARKS
 
 __all__ = ["Enqueuer", "LastBatch"]
@@ -87,6 +87,8 @@ class Enqueuer:
 
     def run(self) -> None:
         """Deliver until the input ends, fails or is stopped. Never raises; always ends the devices' queues."""
+        recorder = self._recorder
+        recorder.enqueuer_worked = recorder.enqueuer_worked[0], time.monotonic()
         try:
             while True:
                 if self._round and self._round_is_complete():  # a device was stopped meanwhile
@@ -101,13 +103,14 @@ class Enqueuer:
                     self.finish()
                     break
                 else:
-                    self._sleep()
+                    self._await_chunks()
         except _Ended:
             pass
         except BaseException as error:
             self._signal.fail(Failure(SourceFailed, f"source {self._source!r}: the enqueuer broke", error))
         finally:
             self.put_down()
+            recorder.enqueuer_worked = waited(recorder.enqueuer_worked, time.monotonic()), math.inf
 
     def deliver(self, chunks: list[Chunk]) -> None:
         """Deliver in the caller's thread, once. Where that ends the run, the signal says so, and `put_down` is next."""
@@ -296,14 +299,22 @@ class Enqueuer:
         recorder.enqueuer_blocked = recorder.enqueuer_blocked[0], started
         try:
             while not device.queue.has_room():
-                self._sleep()
+                self._sleep(time.monotonic())
                 if self._signal.stopping:
                     raise _Ended
         finally:
             recorder.enqueuer_blocked = recorder.enqueuer_blocked[0] + time.monotonic() - started, math.inf
 
-    def _sleep(self) -> None:
-        look_again = self._check_calls(time.monotonic())
+    def _await_chunks(self) -> None:
+        recorder = self._recorder
+        so_far, started = recorder.enqueuer_starved[0], time.monotonic()
+        recorder.enqueuer_starved = so_far, started
+        self._sleep(started)
+        recorder.enqueuer_starved = so_far + time.monotonic() - started, math.inf
+
+    def _sleep(self, now: float) -> None:
+        self._recorder.mark(now)
+        look_again = self._check_calls(now)
         try:
             self._signal.wake.get(timeout=None if look_again == math.inf else seconds_left(look_again))
         except queue.Empty:

@@ -195,3 +195,4 @@ def _report(console: Console, config: Config, result: Result) -> None:
             f"  {name}: fetching {fetching}{f' (mean of {fetchers} fetchers)' if fetchers > 1 else ''}, "
             f"copying {copying}, waiting for input {waiting}"
         )
+        console.print(f"    {stats.verdict_text}", soft_wrap=True, markup=False)

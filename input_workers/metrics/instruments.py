@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from input_workers.metrics.snapshot import HistogramStats, SourceStats
+from input_workers.metrics.verdict import VERDICTS
 
 __all__ = ["INSTRUMENTS", "Instrument"]
 
@@ -38,6 +39,16 @@ def _queue_depth(stats: SourceStats) -> Iterable[Sample]:
     yield ("chunks", ""), stats.queue_depth
     for name, device in stats.devices.items():
         yield ("device", name), device.queue_depth
+
+
+def _stage_share(stats: SourceStats) -> Iterable[Sample]:
+    window = stats.windows["10s"]
+    yield ("trainer", "starved"), window.trainer_wait
+    for stage, shares in (("fetchers", window.fetchers), ("enqueuer", window.enqueuer)):
+        yield (stage, "busy"), shares.busy
+        yield (stage, "starved"), shares.starved
+        yield (stage, "blocked"), shares.blocked
+    yield ("feed", "busy"), window.feed
 
 
 INSTRUMENTS = (
@@ -139,5 +150,27 @@ INSTRUMENTS = (
         "Fetchers that died or hung and were started again.",
         ("source",),
         lambda stats: [((), stats.fetcher_restarts)],
+    ),
+    Instrument(
+        "input_workers_fetch_part_seconds",
+        "histogram",
+        "Duration of the parts of the fetch function that it has timed.",
+        ("source", "part"),
+        lambda stats: [((name,), part) for name, part in stats.fetch_parts.items()],
+    ),
+    Instrument(
+        "input_workers_stage_share",
+        "gauge",
+        "Share of its time that a stage was busy, starved (waiting for what comes before it) or blocked (no room after it), "
+        "over the last ten seconds.",
+        ("source", "stage", "state"),
+        _stage_share,
+    ),
+    Instrument(
+        "input_workers_verdict",
+        "gauge",
+        "1 for who is the bottleneck now: trainer (input is ahead), fetch, enqueue or feed; or starting, stopped.",
+        ("source", "verdict"),
+        lambda stats: [((verdict,), float(verdict == stats.verdict)) for verdict in VERDICTS],
     ),
 )

@@ -7,20 +7,21 @@ fetched than accounted for.
 
 from __future__ import annotations
 
-import collections
 import math
 import threading
 import time
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from input_workers.contracts import FetchRequest
+from input_workers.metrics.device_recorder import DeviceRecorder
+from input_workers.metrics.histogram import BUCKETS_SECONDS, SAMPLES_BEFORE_FOLDING, Histogram, PartNames
+from input_workers.metrics.windows import Counters, Marks
 
 __all__ = [
     "BUCKETS_SECONDS",
     "DROP_REASONS",
+    "SAMPLES_BEFORE_FOLDING",
     "Abandoned",
     "DeviceRecorder",
     "FetcherRecorder",
@@ -29,80 +30,7 @@ __all__ = [
     "waited",
 ]
 
-# Upper bounds, in seconds: from a call that only slices an array to one that waits for a far disk.
-BUCKETS_SECONDS = (
-    0.0001,
-    0.0005,
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-)
-
-SAMPLES_BEFORE_FOLDING = 1024
-
 DROP_REASONS = ("final_partial", "stopped", "skipped_error", "device_error")
-
-# The rate is of this many seconds, from marks this far apart.
-RATE_WINDOW_SECONDS = 10.0
-RATE_MARK_SECONDS = 0.5
-
-
-class Histogram:
-    """Durations in seconds. One thread adds, any thread reads.
-
-    Adding is an append to `samples`; `fold` sorts what has gathered into buckets. `_folded` and the list that goes with it
-    are replaced as one, so a reader sees no sample twice.
-    """
-
-    __slots__ = ("_folded", "samples")
-
-    def __init__(self) -> None:
-        self.samples: list[float] = []
-        self._folded: tuple[tuple[int, ...], float, list[float]] = ((0,) * (len(BUCKETS_SECONDS) + 1), 0.0, self.samples)
-
-    def observe(self, seconds: float) -> None:
-        """Add one duration. (The fetch loop does these lines itself.)"""
-        self.samples.append(seconds)
-        if len(self.samples) >= SAMPLES_BEFORE_FOLDING:
-            self.fold()
-
-    def fold(self) -> None:
-        """Sort the samples into the buckets. The adding thread's."""
-        counts, seconds = self.read()
-        fresh: list[float] = []
-        self._folded = (counts, seconds, fresh)
-        self.samples = fresh
-
-    def read(self) -> tuple[tuple[int, ...], float]:
-        """Return (count of each bucket, the last one above all bounds; sum of the seconds)."""
-        counts, total, samples = self._folded
-        seconds = np.array(samples, np.float64)
-        fresh = np.bincount(np.searchsorted(BUCKETS_SECONDS, seconds), minlength=len(counts))
-        return tuple(int(count) for count in fresh + np.array(counts)), total + float(seconds.sum())
-
-    @classmethod
-    def merged(cls, histograms: Iterable[Histogram]) -> Histogram:
-        """Return a histogram of all that these have observed so far."""
-        merged = cls()
-        counts, seconds, samples = merged._folded
-        for histogram in histograms:
-            more, more_seconds = histogram.read()
-            counts = tuple(a + b for a, b in zip(counts, more, strict=True))
-            seconds += more_seconds
-        merged._folded = (counts, seconds, samples)
-        return merged
 
 
 def waited(wait: tuple[float, float], now: float) -> float:
@@ -126,6 +54,10 @@ class FetcherRecorder:
         call_started: `time.monotonic()` of the running call; `inf` between calls.
         request: what is being fetched, or None.
         calls: durations of the calls.
+        parts: durations of parts of the calls, by name.
+        worked: seconds that it was there, in the form of `blocked`.
+        cpu: processor seconds of earlier threads, and of the present one its clock (None: there is none) and what that
+            showed at first.
         alive: the fetcher has begun and not ended.
         attempt: what is fetched in place of a call that failed.
         abandoned: its call took too long, and what it returns is discarded.
@@ -134,11 +66,11 @@ class FetcherRecorder:
     # Invariant under _claim: a call that `abandon` has taken away never ends; one that has ended is not taken away.
 
     __slots__ = (
-        "_claim", "abandoned", "alive", "attempt", "blocked", "call_started", "calls", "errors", "request", "rows",
-        "stopped_rows", "worker_id",
+        "_claim", "_part_names", "abandoned", "alive", "attempt", "blocked", "call_started", "calls", "cpu", "errors",
+        "parts", "request", "rows", "stopped_rows", "worked", "worker_id",
     )  # fmt: skip
 
-    def __init__(self, worker_id: int) -> None:
+    def __init__(self, worker_id: int, part_names: PartNames | None = None) -> None:
         self._claim = threading.Lock()
         self.abandoned = False
         self.attempt: Any = None
@@ -151,6 +83,41 @@ class FetcherRecorder:
         self.calls = Histogram()
         self.errors: dict[str, int] = {}
         self.alive = False
+        self.parts: dict[str, Histogram] = {}
+        self.worked = (0.0, math.inf)
+        self.cpu: tuple[float, int | None, float] = (0.0, None, 0.0)
+        self._part_names = PartNames() if part_names is None else part_names
+
+    def part(self, name: str) -> Histogram:
+        """Return the histogram of a part that has none here by this name."""
+        return self.parts.setdefault(self._part_names.take(str(name)), Histogram())
+
+    def begin_work(self) -> None:
+        """The fetcher's thread begins; to be called in it."""
+        self.worked = self.worked[0], time.monotonic()
+        if hasattr(time, "pthread_getcpuclockid"):
+            clock = time.pthread_getcpuclockid(threading.get_ident())
+            self.cpu = self.cpu[0], clock, time.clock_gettime(clock)
+
+    def end_work(self) -> None:
+        """The fetcher's thread ends; to be called in it."""
+        self.cpu = self.cpu_seconds(), None, 0.0
+        self.worked = waited(self.worked, time.monotonic()), math.inf
+
+    def busy_seconds(self, now: float) -> float:
+        """Return the seconds inside calls, with the one that runs."""
+        call_started = math.inf if self.abandoned else self.call_started
+        return self.calls.seconds() + (0.0 if call_started == math.inf else max(0.0, now - call_started))
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of its threads."""
+        ended, clock, first = self.cpu
+        if clock is None:
+            return ended
+        try:
+            return ended + time.clock_gettime(clock) - first
+        except OSError:  # the thread has ended just now
+            return ended
 
     def end_call(self) -> None:
         """A call has returned or raised. Raises Abandoned if nobody waits for it any more."""
@@ -165,6 +132,7 @@ class FetcherRecorder:
             if self.abandoned or self.call_started > overdue_since:
                 return False
             self.abandoned = True
+            self.worked = waited(self.worked, self.call_started), math.inf  # this call is nobody's time
             return True
 
     def count_error(self, name: str) -> None:
@@ -180,39 +148,16 @@ class FetcherRecorder:
         total.stopped_rows = sum(recorder.stopped_rows for recorder in recorders)
         total.blocked = (sum(recorder.blocked[0] for recorder in recorders), math.inf)
         total.calls = Histogram.merged(recorder.calls for recorder in recorders)
+        total.worked = (sum(recorder.worked[0] for recorder in recorders), math.inf)
+        total.cpu = (sum(recorder.cpu_seconds() for recorder in recorders), None, 0.0)
+        parts = [dict(recorder.parts) for recorder in recorders]
+        total.parts = {
+            name: Histogram.merged(each[name] for each in parts if name in each) for name in sorted(set().union(*parts))
+        }
         for recorder in recorders:
             for name, count in recorder.errors.items():
                 total.errors[name] = total.errors.get(name, 0) + count
         return total
-
-
-class DeviceRecorder:
-    """What was delivered to one device. Written under the device queue's lock, but for `send`, the enqueuer's."""
-
-    __slots__ = ("batches_delivered", "marks", "rows_delivered", "rows_padded", "send", "wait_seconds")
-
-    def __init__(self) -> None:
-        self.rows_delivered = 0
-        self.batches_delivered = 0
-        self.rows_padded = 0
-        self.wait_seconds = 0.0
-        self.send = Histogram()  # filling a slot and sending it, per batch
-        self.marks: collections.deque[tuple[float, int]] = collections.deque(
-            maxlen=int(RATE_WINDOW_SECONDS / RATE_MARK_SECONDS) + 1
-        )
-
-    def mark(self, now: float) -> None:
-        """Note how many rows were delivered by now, if the last note is old enough."""
-        if not self.marks or now - self.marks[-1][0] >= RATE_MARK_SECONDS:
-            self.marks.append((now, self.rows_delivered))
-
-    def rows_per_second(self, now: float) -> float:
-        """Return the rate of the last ten seconds; it falls while nothing is delivered."""
-        rows = self.rows_delivered
-        for since, before in list(self.marks):
-            if now - since <= RATE_WINDOW_SECONDS and now > since:
-                return (rows - before) / (now - since)
-        return 0.0
 
 
 class SourceRecorder:
@@ -223,17 +168,22 @@ class SourceRecorder:
     def __init__(self, devices: dict[str, DeviceRecorder]) -> None:
         self.devices = devices
         self.enqueuer_blocked = (0.0, math.inf)  # like a fetcher's: waiting for room on a device
+        self.enqueuer_starved = (0.0, math.inf)  # waiting for chunks
+        self.enqueuer_worked = (0.0, math.inf)  # its thread was there
+        self.has_enqueuer = True  # as a thread
         self.created = time.monotonic()
+        self.part_names = PartNames()
         self._lock = threading.Lock()
         self._fetchers: list[FetcherRecorder] = []
         self._retired = FetcherRecorder.merged([])
         self._dropped = dict.fromkeys(DROP_REASONS, 0)
         self.restarts = 0  # fetchers that took another's place
         self._put_metrics: dict[str, tuple[float, int]] = {}
+        self.marks = Marks(Counters(self.created))
 
     def fetcher(self, worker_id: int) -> FetcherRecorder:
         """Return the recorder of a new fetcher."""
-        recorder = FetcherRecorder(worker_id)
+        recorder = FetcherRecorder(worker_id, self.part_names)
         with self._lock:
             self._fetchers.append(recorder)
         return recorder
@@ -287,3 +237,48 @@ class SourceRecorder:
         if fetched == delivered + rows_waiting + sum(dropped.values()):
             return None
         return f"ledger: {fetched} rows fetched, but {delivered} delivered + {rows_waiting} waiting + dropped {dropped}"
+
+    def begin(self, now: float) -> Marks:
+        """A run begins: its windows do not reach back before it. Returns its readings."""
+        for device in self.devices.values():
+            device.on_mark = self.mark
+            device.sent = device.batches_delivered  # what an earlier run sent and did not deliver is gone
+        self.marks = Marks(self.read(now))
+        return self.marks
+
+    def mark(self, now: float) -> None:
+        """Note all counters, if that is due. Takes no lock; called by who is at work anyway."""
+        if self.marks.is_due(now):
+            self.marks.add(self.read(now))
+
+    def end(self, marks: Marks, now: float) -> None:
+        """A run has ended: its windows end here. The first end stays."""
+        if marks.last is None:
+            marks.last = self.read(now)
+
+    def read(self, now: float) -> Counters:
+        """Return the sums of this moment. Takes no lock."""
+        fetchers = (self._retired, *self._fetchers)
+        devices = list(self.devices.values())
+        starved, blocked = waited(self.enqueuer_starved, now), waited(self.enqueuer_blocked, now)
+        enqueuing = waited(self.enqueuer_worked, now) - starved - blocked
+        if not self.has_enqueuer:
+            enqueuing = sum(device.send.seconds() for device in devices)
+            starved = now - self.created - enqueuing
+        return Counters(
+            now,
+            sum(device.waited_seconds(now) for device in devices),
+            sum(waited(fetcher.worked, now) for fetcher in fetchers),
+            sum(fetcher.busy_seconds(now) for fetcher in fetchers),
+            sum(waited(fetcher.blocked, now) for fetcher in fetchers),
+            sum(fetcher.cpu_seconds() for fetcher in fetchers),
+            enqueuing,
+            starved,
+            blocked,
+            sum(waited(device.feed, now) for device in devices),
+            sum(fetcher.rows for fetcher in fetchers),
+            sum(device.rows_delivered for device in devices),
+            sum(device.batches_delivered for device in devices),
+            sum(device.batches_not_ready for device in devices),
+            sum(device.sent - device.batches_delivered for device in devices),
+        )

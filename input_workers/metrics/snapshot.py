@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DeviceStats", "HistogramStats", "SourceStats", "StopReport", "StuckThread"]
+__all__ = ["DeviceStats", "HistogramStats", "SourceStats", "StageShares", "StopReport", "StuckThread", "WindowStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,34 @@ class DeviceStats:
 
 
 @dataclass(frozen=True, slots=True)
+class StageShares:
+    """Where the time of a stage went: shares of 1, which add up to 1 where the stage was there all the time."""
+
+    busy: float  # at work; near 1: this stage is as fast as it can be
+    starved: float  # nothing to do: what comes before it is slower, or has no data
+    blocked: float  # no room for what it has: what comes after it is slower
+
+
+@dataclass(frozen=True, slots=True)
+class WindowStats:
+    """Who waited for whom in the last seconds, or since the first batch of the run."""
+
+    seconds: float  # how long it is: shorter than its name says where the run is younger
+    trainer_wait: float  # share of the trainer's time (mean of the devices) without a batch; under 0.05: input is ahead
+    fetchers: StageShares  # busy in calls of the fetch function; starved without data; blocked by the full queue; their mean
+    fetchers_alive: float  # how many there were, on the average
+    fetcher_cores: float  # processor cores that fetchers used, as threads: near 1 with several busy, they take turns (GIL)
+    enqueuer: StageShares  # busy filling slots and sending; starved without chunks; blocked without room on a device
+    feed: float  # share of the time inside the feed's send; it is part of the enqueuer's busy time
+    device_queue_depth: float  # batches on the devices, from readings a second apart; near 0: the trainer takes them at once
+    rows_per_second: float  # rows delivered
+    batches: int  # delivered
+    batches_not_ready: int  # of these, received before their copy to the device was done
+    verdict: str = ""  # as in SourceStats, of this window
+    verdict_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceStats:
     """A source's numbers since it was made. Counters never fall; rows are rows, not chunks."""
 
@@ -60,9 +88,12 @@ class SourceStats:
     enqueuer_blocked_seconds: float  # waiting for room on a device: the trainer is the bottleneck
     consumer_wait_seconds: float  # the trainer's, for a batch
     batches_not_ready: int  # received before the copy to the device was done
-    verdict: str  # trainer, fetch, enqueue, starting or stopped: who is the bottleneck, over the whole run
+    verdict: str  # trainer, fetch, enqueue, feed, starting or stopped: who is the bottleneck, in the last ten seconds
     devices: Mapping[str, DeviceStats]
     fetch: HistogramStats = field(repr=False)  # the calls of the fetch function
+    verdict_text: str = ""  # the verdict in a sentence, with what to do; of a source that was stopped, over the whole run
+    windows: Mapping[str, WindowStats] = field(default_factory=dict, repr=False)  # by "10s", "60s" and "run"
+    fetch_parts: Mapping[str, HistogramStats] = field(default_factory=dict, repr=False)  # by name, what `timed` measured
 
     @property
     def ledger(self) -> str:

@@ -32,6 +32,9 @@ DESIGNED = {  # the names other programs rely on
     "input_workers_fetch_errors_total": {"source", "error"},
     "input_workers_fetchers": {"source", "state"},
     "input_workers_fetcher_restarts_total": {"source"},
+    "input_workers_fetch_part_seconds": {"source", "part"},
+    "input_workers_stage_share": {"source", "stage", "state"},
+    "input_workers_verdict": {"source", "verdict"},
 }
 
 
@@ -107,7 +110,8 @@ def test_histograms_are_cumulative_and_end_with_the_count():
 
 def test_every_family_of_the_table_is_shown_and_no_other():
     def fetch(worker_id, batch_size):
-        raise OSError("no disk")
+        with iw.timed("read"):
+            raise OSError("no disk")
 
     coordinator = iw.GlobalCoordinator()
     iw.init_data_input_workers("numpy", ["data"], fetch, 4, 1, coordinator=coordinator)
@@ -219,8 +223,9 @@ def test_a_wrong_host_is_an_error(host):
 def test_close_is_idempotent_frees_the_port_and_leaves_no_thread():
     before = set(threading.enumerate())
     server = iw.serve_metrics(0)
-    (thread,) = set(threading.enumerate()) - before
-    assert thread.daemon
+    threads = set(threading.enumerate()) - before
+    assert all(thread.daemon and thread.name.startswith("metrics-") for thread in threads)
+    assert f"metrics-{server.port}" in {thread.name for thread in threads}
     for _ in range(3):
         server.close()
     assert set(threading.enumerate()) == before
@@ -244,9 +249,9 @@ def test_the_collector_reads_no_source_when_it_is_made():
     assert [family.samples for family in StatsCollector(source(iw.GlobalCoordinator())).describe()] == [[]] * len(INSTRUMENTS)
 
 
-def test_importing_the_package_does_not_load_prometheus_client():
-    code = "import sys, input_workers as iw; {} print('prometheus_client' in sys.modules)"
-    for use, loaded in ("", "False"), ("iw.serve_metrics;", "True"):
+def test_importing_the_package_does_not_load_prometheus_client_or_waitress():
+    code = "import sys, input_workers as iw; {} print(*(name in sys.modules for name in ('prometheus_client', 'waitress')))"
+    for use, loaded in ("", "False False"), ("iw.serve_metrics;", "True True"):
         result = subprocess.run([sys.executable, "-c", code.format(use)], capture_output=True, text=True, timeout=60)
         assert result.stdout.strip() == loaded, result.stderr
 
@@ -256,3 +261,10 @@ def test_a_missing_prometheus_client_is_an_error_that_names_it():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "ConfigError: metrics need prometheus_client" in result.stderr
     assert "pip install prometheus-client" in result.stderr
+
+
+def test_a_missing_waitress_is_an_error_that_names_it():
+    code = "import sys; sys.modules['waitress'] = None\nimport input_workers as iw\niw.serve_metrics"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "ConfigError: serving metrics needs waitress" in result.stderr
+    assert "pip install waitress" in result.stderr

@@ -1,0 +1,41 @@
+"""The counters of a source go in; who waited for whom in each of its windows comes out, with the verdict."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Literal
+
+from input_workers.coordinator.settings import SourceSettings
+from input_workers.fetchers import Processes
+from input_workers.metrics.recorder import SourceRecorder
+from input_workers.metrics.snapshot import WindowStats
+from input_workers.metrics.verdict import Setting, judge
+from input_workers.metrics.windows import window_of
+
+__all__ = ["attribute"]
+
+
+def attribute(
+    settings: SourceSettings,
+    workers: int,
+    recorder: SourceRecorder,
+    state: Literal["starting", "running", "stopped"],
+    slowest_part: str,
+    now: float,
+) -> tuple[dict[str, WindowStats], WindowStats]:
+    """Return the windows by name, and the one that says how the source is doing now."""
+    setting = Setting(
+        state=state,
+        fetchers="inline" if not workers else "process" if isinstance(settings.fetchers, Processes) else "thread",
+        workers=workers,
+        devices=len(recorder.devices),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        slowest_part=slowest_part,
+    )
+    windows = {}
+    for name, (begin, end) in recorder.marks.windows(recorder.read(now)).items():
+        window = window_of(begin, end, len(recorder.devices))
+        verdict = judge(window, setting)
+        windows[name] = replace(window, verdict=verdict.word, verdict_text=verdict.text)
+    return windows, windows["10s" if state == "running" else "run"]

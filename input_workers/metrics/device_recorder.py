@@ -1,0 +1,79 @@
+"""Batches that go to one device are counted, its trainer's waits summed; rates and sums come out."""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+
+from input_workers.metrics.histogram import Histogram
+
+__all__ = ["DeviceRecorder"]
+
+# The rate is of this many seconds, from marks this far apart.
+RATE_WINDOW_SECONDS = 10.0
+RATE_MARK_SECONDS = 0.5
+
+
+class DeviceRecorder:
+    """What was delivered to one device. Written under the device queue's lock, but for `send`, `sent` and `feed`, the
+    enqueuer's, and `waits`.
+
+    Attributes:
+        batches_not_ready: counted by who receives them; 0 where a feed's copies are always done.
+        send: filling a slot and sending it, for each batch.
+        sent: batches that were queued.
+        feed: seconds inside the feed's send, in the form of a fetcher's `blocked`.
+        waits: seconds that trainers waited, and since when each waits that does now, by thread; replaced as one.
+        on_mark: told the time now and then, when a batch was delivered.
+    """
+
+    __slots__ = (
+        "batches_delivered", "batches_not_ready", "feed", "marks", "on_mark", "rows_delivered", "rows_padded", "send", "sent",
+        "waits",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.rows_delivered = 0
+        self.batches_delivered = 0
+        self.batches_not_ready = 0
+        self.rows_padded = 0
+        self.send = Histogram()
+        self.sent = 0
+        self.feed = (0.0, math.inf)
+        self.waits: tuple[float, dict[int, float]] = (0.0, {})
+        self.on_mark: Callable[[float], object] = float
+        self.marks: collections.deque[tuple[float, int]] = collections.deque(
+            maxlen=int(RATE_WINDOW_SECONDS / RATE_MARK_SECONDS) + 1
+        )
+
+    def begin_wait(self, thread: int, now: float) -> None:
+        """A trainer begins to wait. The queue's lock is held, or there is one trainer only."""
+        ended, waiting = self.waits
+        self.waits = ended, {**waiting, thread: now} if waiting else {thread: now}
+
+    def end_wait(self, thread: int, now: float) -> None:
+        """It has ended, if it waited. As above."""
+        ended, waiting = self.waits
+        if thread in waiting:
+            rest = dict(waiting)
+            self.waits = ended + now - rest.pop(thread), rest
+
+    def waited_seconds(self, now: float) -> float:
+        """Return the seconds that trainers waited, with waits that go on."""
+        ended, waiting = self.waits
+        return ended + sum(max(0.0, now - since) for since in waiting.values())
+
+    def mark(self, now: float) -> None:
+        """Note how many rows were delivered by now, if the last note is old enough."""
+        if not self.marks or now - self.marks[-1][0] >= RATE_MARK_SECONDS:
+            self.marks.append((now, self.rows_delivered))
+            self.on_mark(now)
+
+    def rows_per_second(self, now: float) -> float:
+        """Return the rate of the last ten seconds; it falls while nothing is delivered."""
+        rows = self.rows_delivered
+        for since, before in list(self.marks):
+            if now - since <= RATE_WINDOW_SECONDS and now > since:
+                return (rows - before) / (now - since)
+        return 0.0

@@ -1,0 +1,107 @@
+"""Durations in seconds go in, counts by bucket and their sum come out; and the names of what is timed, which are bounded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+
+__all__ = ["BUCKETS_SECONDS", "SAMPLES_BEFORE_FOLDING", "Histogram", "PartNames"]
+
+# Upper bounds, in seconds: from a call that only slices an array to one that waits for a far disk.
+BUCKETS_SECONDS = (
+    0.0001,
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+
+SAMPLES_BEFORE_FOLDING = 1024
+
+# Parts of a fetch function that are kept apart; what is named beyond them is one more.
+MOST_PARTS = 32
+OTHER_PARTS = "other"
+
+
+class Histogram:
+    """Durations in seconds. One thread adds, any thread reads.
+
+    Adding is an append to `samples`; `fold` sorts what has gathered into buckets. `_folded` and the list that goes with it
+    are replaced as one, so a reader sees no sample twice.
+    """
+
+    __slots__ = ("_folded", "samples")
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+        self._folded: tuple[tuple[int, ...], float, list[float]] = ((0,) * (len(BUCKETS_SECONDS) + 1), 0.0, self.samples)
+
+    def observe(self, seconds: float) -> None:
+        """Add one duration. (The fetch loop does these lines itself.)"""
+        self.samples.append(seconds)
+        if len(self.samples) >= SAMPLES_BEFORE_FOLDING:
+            self.fold()
+
+    def fold(self) -> None:
+        """Sort the samples into the buckets. The adding thread's."""
+        counts, seconds = self.read()
+        fresh: list[float] = []
+        self._folded = (counts, seconds, fresh)
+        self.samples = fresh
+
+    def read(self) -> tuple[tuple[int, ...], float]:
+        """Return (count of each bucket, the last one above all bounds; sum of the seconds)."""
+        counts, total, samples = self._folded
+        seconds = np.array(samples, np.float64)
+        fresh = np.bincount(np.searchsorted(BUCKETS_SECONDS, seconds), minlength=len(counts))
+        return tuple(int(count) for count in fresh + np.array(counts)), total + float(seconds.sum())
+
+    def seconds(self) -> float:
+        """Return the sum alone, which is quicker."""
+        _, total, samples = self._folded
+        return total + sum(samples)
+
+    @classmethod
+    def merged(cls, histograms: Iterable[Histogram]) -> Histogram:
+        """Return a histogram of all that these have observed so far."""
+        merged = cls()
+        counts, seconds, samples = merged._folded
+        for histogram in histograms:
+            more, more_seconds = histogram.read()
+            counts = tuple(a + b for a, b in zip(counts, more, strict=True))
+            seconds += more_seconds
+        merged._folded = (counts, seconds, samples)
+        return merged
+
+
+class PartNames:
+    """The names of the parts of a source's fetch function. Thread-safe."""
+
+    # Invariant under _lock: at most MOST_PARTS names, and none leaves.
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._names: set[str] = set()
+
+    def take(self, name: str) -> str:
+        """Return the name, or "other" if there are too many."""
+        with self._lock:
+            if name not in self._names:
+                if len(self._names) >= MOST_PARTS:
+                    return OTHER_PARTS
+                self._names.add(name)
+            return name

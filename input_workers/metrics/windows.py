@@ -1,0 +1,131 @@
+"""Cumulative counters, noted about once a second, go in; what happened in the last 10 s, 60 s and the whole run comes out.
+
+Nothing is counted for a window: it is the difference of two readings. Where no reading was made at its beginning, the
+counters are taken to have risen evenly between the one before and the one after.
+"""
+
+from __future__ import annotations
+
+import collections
+from bisect import bisect_right
+from typing import NamedTuple
+
+from input_workers.metrics.snapshot import StageShares, WindowStats
+
+__all__ = ["WINDOWS", "Counters", "Marks", "window_of"]
+
+# The last seconds that a window shows; "run" is what remains.
+WINDOWS = {"10s": 10.0, "60s": 60.0}
+
+# Enough for the longest window, with a reading at most every so often.
+MARK_SECONDS = 1.0
+MARKS_KEPT = 64
+
+
+class Counters(NamedTuple):
+    """A reading. All but `at` and `depth` are sums since the source was made; seconds that go on are in them."""
+
+    at: float  # time.monotonic()
+    trainer_wait: float = 0.0  # seconds, all trainers together
+    fetchers: float = 0.0  # seconds that fetchers were there, all together
+    fetch_busy: float = 0.0
+    fetch_blocked: float = 0.0
+    fetch_cpu: float = 0.0
+    enqueue_busy: float = 0.0
+    enqueue_starved: float = 0.0
+    enqueue_blocked: float = 0.0
+    feed: float = 0.0  # seconds inside `send`
+    rows_fetched: float = 0.0
+    rows_delivered: float = 0.0
+    batches: float = 0.0
+    not_ready: float = 0.0
+    depth: float = 0.0  # batches on the devices, at this moment
+
+
+class Marks:
+    """Readings of a run, from its beginning. Thread-safe without a lock: what is read together is replaced together."""
+
+    def __init__(self, first: Counters) -> None:
+        self.first = first
+        self.last: Counters | None = None  # the run has ended: nothing moves any more
+        self._next = first.at + MARK_SECONDS
+        self._has_begun = False
+        self._recent: collections.deque[Counters] = collections.deque(maxlen=MARKS_KEPT)
+
+    def is_due(self, now: float) -> bool:
+        """Whether the last reading is old enough, or none was made after the first batch."""
+        return now >= self._next or not self._has_begun
+
+    def add(self, counters: Counters) -> None:
+        """Note a reading. The first one after the first batch is where the run begins: until then everybody waits."""
+        if self.last is not None:
+            return
+        if not self._has_begun and counters.batches > self.first.batches:
+            self._has_begun = True
+            self.first = counters
+            self._recent = collections.deque(maxlen=MARKS_KEPT)
+            self._next = counters.at + MARK_SECONDS
+        elif counters.at >= self._next:
+            self._next = counters.at + MARK_SECONDS
+            self._recent.append(counters)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a batch was delivered in this run."""
+        return self._has_begun
+
+    def windows(self, now: Counters) -> dict[str, tuple[Counters, Counters]]:
+        """Return the beginning and the end of each window, given a reading of this moment; `depth` of the end is the mean."""
+        end = self.last if self.last is not None else now
+        first = self.first
+        known = sorted([first, *(mark for mark in self._recent.copy() if first.at < mark.at < end.at), end])
+        found = {name: _between(known, end.at - seconds) for name, seconds in WINDOWS.items()}
+        return {**found, "run": _between(known, first.at)}
+
+
+def _between(known: list[Counters], moment: float) -> tuple[Counters, Counters]:
+    """Return what was known at a moment, and at the end, with the mean depth since."""
+    depths = [counters.depth for counters in known if counters.at >= moment]
+    return _at(known, moment), known[-1]._replace(depth=sum(depths) / len(depths))
+
+
+def _at(known: list[Counters], moment: float) -> Counters:
+    """Return the counters of a moment, by those known before and after it; the first ones for any earlier moment."""
+    index = bisect_right([counters.at for counters in known], moment)
+    if index == 0:
+        return known[0]
+    if index == len(known):
+        return known[-1]
+    before, after = known[index - 1], known[index]
+    part = (moment - before.at) / (after.at - before.at)
+    return Counters(*(a + (b - a) * part for a, b in zip(before, after, strict=True)))
+
+
+def window_of(begin: Counters, end: Counters, trainers: int = 1) -> WindowStats:
+    """Return what happened between two readings; `trainers` is how many may wait at once: one for each device."""
+    seconds = max(0.0, end.at - begin.at)
+
+    def share(a: float, b: float, whole: float) -> float:
+        return min(1.0, max(0.0, b - a) / whole) if whole > 0.0 else 0.0
+
+    fetching = max(0.0, end.fetchers - begin.fetchers)
+    fetch_busy = share(begin.fetch_busy, end.fetch_busy, fetching)
+    fetch_blocked = min(share(begin.fetch_blocked, end.fetch_blocked, fetching), 1.0 - fetch_busy)
+    batches = max(0.0, end.batches - begin.batches)
+    return WindowStats(
+        seconds=seconds,
+        trainer_wait=share(begin.trainer_wait, end.trainer_wait, seconds * trainers),
+        fetchers=StageShares(fetch_busy, 1.0 - fetch_busy - fetch_blocked if fetching else 0.0, fetch_blocked),
+        fetchers_alive=fetching / seconds if seconds else 0.0,
+        fetcher_cores=max(0.0, end.fetch_cpu - begin.fetch_cpu) / seconds if seconds else 0.0,
+        enqueuer=StageShares(
+            share(begin.enqueue_busy, end.enqueue_busy, seconds),
+            share(begin.enqueue_starved, end.enqueue_starved, seconds),
+            share(begin.enqueue_blocked, end.enqueue_blocked, seconds),
+        ),
+        feed=share(begin.feed, end.feed, seconds),
+        device_queue_depth=end.depth,
+        rows_per_second=max(0.0, end.rows_delivered - begin.rows_delivered) / seconds if seconds else 0.0,
+        batches=round(batches),
+        batches_not_ready=round(max(0.0, end.not_ready - begin.not_ready)),
+    )

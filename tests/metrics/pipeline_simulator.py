@@ -1,0 +1,185 @@
+"""A pipeline of known rates goes in; the counters that the service would have read at any moment come out.
+
+A simulation by events: fetchers, a bounded chunk queue, the enqueuer with its feed, a bounded device queue, the trainer.
+Nothing runs and no clock is read, so who is the bottleneck is known beforehand.
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+import math
+import random
+from dataclasses import dataclass
+
+from input_workers.metrics.windows import Counters
+
+MARGIN = 1.15  # the slowest stage is slower than any other by this much, or nobody could say who it is
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Seconds are means. `turns`: fetchers compute while they hold the interpreter lock."""
+
+    fetchers: int = 2
+    fetch_s: float = 0.01
+    rows: int = BATCH
+    fill_s: float = 0.0001
+    feed_s: float = 0.0001
+    train_s: float = 0.001
+    jitter: float = 0.2  # durations lie within this share of their mean
+    depth: int = 4
+    buffered: int = 16  # batches
+    turns: bool = False
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Batches a second of each stage, alone."""
+        at_once = 1 if self.turns else self.fetchers
+        return {
+            "fetch": at_once * self.rows / BATCH / self.fetch_s,
+            "feed" if self.feed_s > self.fill_s else "enqueue": 1.0 / (self.fill_s + self.feed_s),
+            "trainer": 1.0 / self.train_s,
+        }
+
+    @property
+    def bottleneck(self) -> str:
+        return min(self.rates, key=lambda stage: self.rates[stage])
+
+    @property
+    def is_clear(self) -> bool:
+        slowest, second, _ = sorted(self.rates.values())
+        return second > MARGIN * slowest
+
+
+def random_pipeline(seed: int) -> Pipeline:
+    """Return a pipeline of which one stage is clearly the slowest."""
+    rng = random.Random(seed)
+
+    def about(low: float, high: float) -> float:
+        return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+    while True:
+        fetchers, rows = rng.choice([1, 2, 3, 4, 6, 8, 12]), rng.choice([1, 5, 16, 32, 33, 100])
+        batch_s, copy_s, part = about(0.002, 0.2), about(0.002, 0.2), rng.choice([0.1, 0.2, 0.8, 0.9])
+        turns = fetchers > 1 and rng.random() < 0.2
+        pipeline = Pipeline(
+            fetchers=fetchers,
+            fetch_s=batch_s * rows / BATCH * (1 if turns else fetchers),
+            rows=rows,
+            fill_s=copy_s * (1 - part),
+            feed_s=copy_s * part,
+            train_s=about(0.002, 0.2),
+            jitter=rng.choice([0.0, 0.1, 0.5]),
+            depth=rng.choice([2, 4, 8]),
+            buffered=rng.choice([4, 16, 64]),
+            turns=turns,
+        )
+        if pipeline.is_clear:
+            return pipeline
+
+
+class _Actor:
+    """In one state at a time; how long it was in each is summed."""
+
+    def __init__(self, state: str) -> None:
+        self.state, self.since = state, 0.0
+        self.seconds: collections.Counter[str] = collections.Counter()
+
+    def go(self, state: str, now: float) -> None:
+        self.seconds[self.state] += now - self.since
+        self.state, self.since = state, now
+
+    def in_state(self, state: str, now: float) -> float:
+        return self.seconds[state] + (now - self.since if self.state == state else 0.0)
+
+
+class Simulator:
+    """Runs a pipeline; `read` may be called between two calls of `run_until`."""
+
+    def __init__(self, pipeline: Pipeline, seed: int = 0) -> None:
+        self.pipeline = pipeline
+        self.now = 0.0
+        self._rng = random.Random(seed)
+        self._fetchers = [_Actor("busy") for _ in range(pipeline.fetchers)]
+        self._enqueuer, self._trainer = _Actor("starved"), _Actor("wait")
+        self._waiting_rows = self._fetched = self._on_device = self._batches = 0
+        self._events: list[tuple[float, int, str, int]] = []
+        self._number = 0
+        for index in range(pipeline.fetchers):
+            self._call(index)
+
+    def _after(self, mean: float, what: str, who: int = 0) -> None:
+        seconds = mean * self._rng.uniform(1 - self.pipeline.jitter, 1 + self.pipeline.jitter)
+        self._number += 1
+        heapq.heappush(self._events, (self.now + seconds, self._number, what, who))
+
+    def _call(self, index: int) -> None:
+        pipeline = self.pipeline
+        self._fetchers[index].go("busy", self.now)
+        self._after(pipeline.fetch_s * (pipeline.fetchers if pipeline.turns else 1), "fetched", index)
+
+    def run_until(self, moment: float) -> None:
+        while self._events and self._events[0][0] <= moment:
+            self.now, _, what, who = heapq.heappop(self._events)
+            if what == "fetched":
+                self._fetched += self.pipeline.rows
+                self._fetchers[who].go("blocked", self.now)
+            elif what == "filled":
+                self._enqueuer.go("blocked", self.now)
+            elif what == "sent":
+                self._on_device += 1
+                self._enqueuer.go("starved", self.now)
+            else:
+                self._trainer.go("wait", self.now)
+            self._settle()
+        self.now = moment
+
+    def _settle(self) -> None:
+        """Let everybody do what has become possible."""
+        pipeline, moved = self.pipeline, True
+        while moved:
+            moved = False
+            for index, fetcher in enumerate(self._fetchers):
+                room = self._waiting_rows == 0 or self._waiting_rows + pipeline.rows <= pipeline.buffered * BATCH
+                if fetcher.state == "blocked" and room:
+                    self._waiting_rows += pipeline.rows
+                    self._call(index)
+                    moved = True
+            if self._enqueuer.state == "starved" and self._waiting_rows >= BATCH:
+                self._waiting_rows -= BATCH
+                self._enqueuer.go("fill", self.now)
+                self._after(pipeline.fill_s, "filled")
+                moved = True
+            if self._enqueuer.state == "blocked" and self._on_device < pipeline.depth:
+                self._enqueuer.go("feed", self.now)
+                self._after(pipeline.feed_s, "sent")
+            if self._trainer.state == "wait" and self._on_device:
+                self._on_device -= 1
+                self._batches += 1
+                self._trainer.go("train", self.now)
+                self._after(pipeline.train_s, "trained")
+                moved = True
+
+    def read(self) -> Counters:
+        now, enqueuer = self.now, self._enqueuer
+        busy = sum(fetcher.in_state("busy", now) for fetcher in self._fetchers)
+        feed = enqueuer.in_state("feed", now)
+        at_once = self.pipeline.fetchers if self.pipeline.turns else 20
+        return Counters(
+            at=now,
+            trainer_wait=self._trainer.in_state("wait", now),
+            fetchers=now * self.pipeline.fetchers,
+            fetch_busy=busy,
+            fetch_blocked=sum(fetcher.in_state("blocked", now) for fetcher in self._fetchers),
+            fetch_cpu=busy / at_once,
+            enqueue_busy=enqueuer.in_state("fill", now) + feed,
+            enqueue_starved=enqueuer.in_state("starved", now),
+            enqueue_blocked=enqueuer.in_state("blocked", now),
+            feed=feed,
+            rows_fetched=self._fetched,
+            rows_delivered=self._batches * BATCH,
+            batches=self._batches,
+            depth=self._on_device,
+        )
