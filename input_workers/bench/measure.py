@@ -12,7 +12,7 @@ from typing import Any
 
 import input_workers as iw
 
-__all__ = ["BATCH", "Result", "Stopwatch", "compare", "drain", "table"]
+__all__ = ["BATCH", "Result", "Stopwatch", "compare", "drain", "median_ratio", "report", "table"]
 
 ROUNDS = 5
 BATCH = 128
@@ -97,3 +97,14 @@ def table(results: list[Result]) -> str:
         target = "" if result.target is None else f"{sign} {result.target:g}"
         lines.append(f"{mark} {result.name:<66}{value:>12}  {target:<14}{result.note}".rstrip())
     return "\n".join(lines)
+
+
+def report(parts: dict[str, Callable[[], list[Result]]], only: str) -> int:
+    """Run every part whose name contains `only` and print what it measured; 0 if every target that was measured is met."""
+    results: list[Result] = []
+    for name, part in parts.items():
+        if only in name:
+            measured = part()
+            results += measured
+            print(table(measured), flush=True)
+    return 0 if all(result.met or result.value is None for result in results) else 1

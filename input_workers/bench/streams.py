@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import input_workers as iw
-from input_workers.bench.measure import Result, Stopwatch, compare, drain, median_ratio, table
+from input_workers.bench.measure import Result, Stopwatch, compare, drain, median_ratio, report
 from input_workers.sources.epoch_order import EpochOrder
 
 if TYPE_CHECKING:
@@ -165,13 +165,7 @@ def main(only: str = "") -> int:
         "permutation": permutation,
         "policies": policies,
     }
-    results: list[Result] = []
-    for name, part in parts.items():
-        if only in name:
-            measured = part()
-            results += measured
-            print(table(measured), flush=True)
-    return 0 if all(result.met or result.value is None for result in results) else 1
+    return report(parts, only)
 
 
 if __name__ == "__main__":
