@@ -128,8 +128,8 @@ def test_metrics_can_be_read_while_it_trains_and_ctrl_c_ends_it_cleanly(config):
     assert job.returncode == 130, rest
     assert errors[0].endswith("interrupted\n")
     assert "Traceback" not in errors[0]
-    assert re.search(r'input_workers_rows_delivered_total\{device="train",source="train"\} \d', text)
-    assert re.search(r'input_workers_batches_total\{device="test",source="test"\} \d', text)
+    assert re.search(r'input_workers_rows_delivered_total\{source="train",device="train"\} \d', text)
+    assert re.search(r'input_workers_batches_total\{source="test",device="test"\} \d', text)
 
 
 def test_a_model_of_keras_is_trained_on_a_folder_of_images(config, images, capsys):
