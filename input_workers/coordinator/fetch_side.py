@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +82,6 @@ class FetchSide:
         self._signal = signal
         self._copies = CopyPool(COPY_SLABS_KEPT)
         self._out_pools: dict[int, SlotPool] = {}
-        self._workers = workers
         self._out_keep = workers + 2
         self._plan: StreamPlan | MixPlan | None = None
         self._position = position
@@ -175,7 +173,7 @@ class FetchSide:
             start=processes.start_method,
             restarts=processes.restarts,
             fetch_timeout_s=settings.fetch_timeout_s,
-            keep_blocks=max(1, math.ceil((settings.device_queue_depth + 2) / self._workers)),
+            keep_blocks=settings.device_queue_depth + 2,  # of each worker: fewer, and some would be mapped anew all the time
             job=lambda worker_id: Job(fetch, init, worker_id, is_stream, settings.batch_axes, packs),
             requests=self.calls if isinstance(self.calls, StreamCalls) else None,
             function=self.calls,
