@@ -12,7 +12,10 @@ from input_workers.contracts import Chunk
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["PackedRows"]
+__all__ = ["PACK_BELOW_NBYTES", "PackedRows"]
+
+# A chunk this small costs less to copy than to hand over. Measured: handing one over costs 1.5 us, which copies 8 KB.
+PACK_BELOW_NBYTES = 8192 + 1
 
 # Rows that are handed over as one: enough that it costs nothing a row, and few enough that the fetchers, whose room comes
 # back when all are copied, need not wait for it.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import hypothesis
 import psutil
 import pytest
+from fetchers.shared_between import Door
 
 import input_workers as iw
 from input_workers.fetchers.fork_server import fork_server
@@ -88,3 +89,18 @@ def coordinator(_nothing_is_left: None) -> Iterator[iw.GlobalCoordinator]:
         assert stats.rows_in_flight == 0, f"{name}: {stats.ledger}"
         lost = [line for line in (coordinator.last_stop.failures if coordinator.last_stop else {}).values() if "ledger" in line]
         assert not lost, lost
+
+
+@pytest.fixture
+def no_other_threads() -> None:
+    """Before a fork: what another test has set in motion must have ended, as it had to, but perhaps not quite yet."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(5.0)
+
+
+@pytest.fixture
+def door() -> Iterator[Door]:
+    door = Door()
+    yield door
+    door.close()

@@ -81,9 +81,9 @@ class Run:
             name: self._device(number, name, device, make_batch, inline)
             for number, (name, device) in enumerate(devices.items())
         }
-        self.progress = self.fetching.follow([device.queue.log for device in self.devices.values()])
+        progress = self.fetching.follow([device.queue.log for device in self.devices.values()])
         for each in self.devices.values():
-            each.queue.progress = self.progress
+            each.queue.progress = progress
         self._fetcher_recorders = [recorder.fetcher(worker_id) for worker_id in worker_ids or [0]]
         self._fetchers: FetcherBackend | None = None
         self.enqueuer = Enqueuer(
@@ -201,8 +201,8 @@ class Run:
         """Take a device out of the rotation; with the last one, the run ends."""
         device = self.devices[name]
         self._abort_device(device)
-        if self.progress is not None:
-            self.progress.drop_device(device.number)
+        if self.fetching.progress is not None:
+            self.fetching.progress.drop_device(device.number)
         if all(device.queue.ended for device in self.devices.values()):
             self.request_stop()
 

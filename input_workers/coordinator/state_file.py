@@ -13,7 +13,7 @@ from typing import Any
 
 from input_workers.errors import StateMismatch
 
-__all__ = ["load_file", "save_file"]
+__all__ = ["load_file", "save_file", "sync_folder"]
 
 
 def save_file(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -48,14 +48,14 @@ def save_file(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
             os.unlink(temporary)
         raise
     with contextlib.suppress(PermissionError):  # of a folder that may be written to but not read
-        _sync_folder(folder)
+        sync_folder(folder)
 
 
 # Of the file's name, in its temporary one, which may have 255 bytes.
 MAX_NAME_CHARS = 40
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str | os.PathLike[str]) -> None:
     """Write the new name to the disk: without, it might not outlive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from input_workers.packed_rows import BLOCK_ROWS, PackedRows
+from input_workers.packed_rows import BLOCK_ROWS, PACK_BELOW_NBYTES, PackedRows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["SENT", "PackedCalls"]
-
-# Chunks of less are packed; handing over one costs as much as copying some kilobytes.
-PACK_BELOW_NBYTES = 8192 + 1
 
 # Calls are made for one answer for so long, and rows wait for a slow call to return for so long.
 PACK_SECONDS = 0.001

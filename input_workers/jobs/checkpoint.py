@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from input_workers.config import Config
-from input_workers.coordinator.state_file import load_file, save_file
+from input_workers.coordinator.state_file import load_file, save_file, sync_folder
 from input_workers.errors import ConfigError, StateMismatch
 
 __all__ = ["INPUT", "Checkpoint", "Checkpoints", "job_of"]
@@ -160,7 +160,7 @@ class Checkpoints:
                 save_file(unfinished / ABOUT, about)
                 unfinished.chmod(0o755)
                 unfinished.rename(final)
-                _sync_folder(self.folder)  # or the new name might not outlive a crash of the machine
+                sync_folder(self.folder)  # or the new name might not outlive a crash of the machine
             except BaseException:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 raise
@@ -220,11 +220,3 @@ def _sync(path: Path) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,7 +9,7 @@ import pathlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -57,21 +57,6 @@ def seen_in(result: Any) -> tuple[int, int]:
 @pytest.fixture
 def counter(tmp_path: pathlib.Path) -> FileCounter:
     return FileCounter(tmp_path / "counter")
-
-
-@pytest.fixture
-def door() -> Iterator[Door]:
-    door = Door()
-    yield door
-    door.close()
-
-
-@pytest.fixture
-def no_other_threads() -> None:
-    """Before a fork: what another test has set in motion must have ended, as it had to, but perhaps not quite yet."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(5.0)
 
 
 @pytest.mark.usefixtures("no_other_threads")

@@ -44,14 +44,6 @@ class TestForkserver(ProcessConformance):
     fetchers = iw.Processes(start="forkserver")
 
 
-@pytest.fixture
-def no_other_threads() -> None:
-    """Before a fork: what another test has set in motion must have ended, as it had to, but perhaps not quite yet."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(5.0)
-
-
 @pytest.mark.usefixtures("no_other_threads")
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("ordered", [False, True])

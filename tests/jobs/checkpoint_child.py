@@ -64,7 +64,7 @@ def die_in(place: str, time: int) -> None:
         "saving the input": (iw.GlobalCoordinator, "save_state"),
         "syncing": (checkpoint, "_sync"),
         "renaming": (Path, "rename"),
-        "after renaming": (checkpoint, "_sync_folder"),
+        "after renaming": (checkpoint, "sync_folder"),
         "removing": (checkpoint.shutil, "rmtree"),
     }[place]
     setattr(owner, name, deadly(getattr(owner, name)))

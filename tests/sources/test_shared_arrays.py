@@ -9,7 +9,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -32,21 +31,6 @@ MB = 1 << 20
 def shared() -> Iterator[SharedArrays]:
     with SharedArrays(*certified_rows(np.arange(ROWS), 5)) as shared:
         yield shared
-
-
-@pytest.fixture
-def door() -> Iterator[Door]:
-    door = Door()
-    yield door
-    door.close()
-
-
-@pytest.fixture
-def no_other_threads() -> None:
-    """Before a fork: what another test has set in motion must have ended, as it had to, but perhaps not quite yet."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(5.0)
 
 
 def in_other_process(code: str, pickled: bytes = b"") -> str:
