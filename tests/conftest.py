@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 import threading
 import time
@@ -16,6 +17,10 @@ from fetchers.shared_between import Door
 
 import input_workers as iw
 from input_workers.fetchers.fork_server import fork_server
+
+# A shell's background jobs ignore Ctrl-C, and so would all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a test has set in motion must end within this time after it; it is waited for, not slept through.
 LEAK_SECONDS = 5.0
@@ -41,6 +46,8 @@ def _leaks(threads: set[threading.Thread], children: set[int], descriptors: dict
     deadline = time.monotonic() + LEAK_SECONDS
     leaks = []
     for thread in set(threading.enumerate()) - threads:
+        if isinstance(thread, threading._DummyThread):  # a framework's, which keeps it
+            continue
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             leaks.append(f"thread {thread.name}")

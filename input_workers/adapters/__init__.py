@@ -10,11 +10,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ProducerPool"]
 
-# Loaded when they are used.
-_MODULES = {"ProducerPool": "producer_pool"}
+# Loaded when they are used: classes, and modules that need another package.
+_CLASSES = {"ProducerPool": "producer_pool"}
+_MODULES = {"tf_data"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(importlib.import_module(f"input_workers.adapters.{_CLASSES[name]}"), name)
     if name in _MODULES:
-        return getattr(importlib.import_module(f"input_workers.adapters.{_MODULES[name]}"), name)
+        return importlib.import_module(f"input_workers.adapters.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

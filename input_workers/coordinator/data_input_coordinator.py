@@ -54,6 +54,23 @@ class DeviceInput:
         run = core.run or core.started_run()
         return run.next_batch(run.devices[self._name], timeout_s)
 
+    def batch_specs(self, timeout_s: float | None = None) -> Any:
+        """Return the source's namedtuple with (shape, dtype) of each array of a batch; None in a shape: any number of rows.
+
+        Raises what `DataInputCoordinator.specs` does.
+        """
+        core = self._core
+        settings = core.settings
+        varies = not settings.rebatch or settings.last_batch == "keep"
+        rows = None if varies else core.devices[self._name].batch_size
+        specs = core.specs(timeout_s)
+        return core.make_batch(
+            [
+                ((*spec.shape[:axis], rows, *spec.shape[axis:]), spec.dtype)
+                for spec, axis in zip(specs, settings.batch_axes, strict=True)
+            ]
+        )
+
     def __iter__(self) -> DeviceInput:
         return self
 
@@ -121,10 +138,7 @@ class DataInputCoordinator:
             EndOfData, SourceFailed: none will come.
             LifecycleError: the specs were not given and the source was never started.
         """
-        core = self._core
-        if core.book.specs is not None:
-            return core.book.specs
-        return core.started_run().await_specs(core.settings.timeout_s if timeout_s is None else timeout_s)
+        return self._core.specs(timeout_s)
 
     def stats(self) -> SourceStats:
         """Return the numbers of this moment; counts go on over stop and start."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from input_workers.contracts import batch_type
+from input_workers.contracts import ArraySpec, batch_type
 from input_workers.coordinator.attribution import attribute
 from input_workers.coordinator.reporter import LoggerFeed, Ticker
 from input_workers.coordinator.run import Run
@@ -162,6 +162,12 @@ class SourceCore:
         if self.run is None:
             raise LifecycleError(f"source {self.settings.name!r} was not started; call start() first")
         return self.run
+
+    def specs(self, timeout_s: float | None) -> tuple[ArraySpec, ...]:
+        """Return what a row looks like; see `DataInputCoordinator.specs`."""
+        if self.book.specs is not None:
+            return self.book.specs
+        return self.started_run().await_specs(self.settings.timeout_s if timeout_s is None else timeout_s)
 
     @property
     def stream(self) -> Stream | None:
