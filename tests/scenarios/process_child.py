@@ -82,9 +82,8 @@ def few_descriptors(start: str) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
         assert coordinator.stop(), coordinator.last_stop
         fork_server.stop()
-        assert len(os.listdir("/proc/self/fd")) == before, [
-            os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
-        ]
+        left_open = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
+        assert len(left_open) == before, left_open
         say(left, text)
 
 
