@@ -46,7 +46,14 @@ MAX_TEXT_CHARS = 64 * 1024
 
 
 class InputWorkersError(Exception):
-    """Base of every error that this package raises."""
+    """Base of every error that this package raises.
+
+    Attributes:
+        cause: of the failure of a source, the first one, such as the user's own exception: what `__cause__` is, unless
+            somebody has raised the error anew `from None`, as Keras does.
+    """
+
+    cause: BaseException | None = None
 
 
 class ConfigError(InputWorkersError, ValueError):
@@ -147,7 +154,7 @@ class Failure:
     def exception(self) -> InputWorkersError:
         """Return a new exception of this failure, its `__cause__` set, its notes added."""
         error = self.kind(self.message)
-        error.__cause__ = self.cause
+        error.__cause__ = error.cause = self.cause
         for note in self.notes:
             error.add_note(note)
         return error

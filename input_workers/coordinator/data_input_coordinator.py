@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from input_workers.contracts import ArraySpec
 from input_workers.coordinator.condition import Condition, condition_of
 from input_workers.coordinator.source_core import SourceCore
 from input_workers.errors import ConfigError, EndOfData
 from input_workers.metrics.snapshot import DeviceStats, SourceStats
+from input_workers.sources.stream import check_whole
+
+if TYPE_CHECKING:
+    from input_workers.coordinator.keras_epochs import KerasEpochs
 
 __all__ = ["DataInputCoordinator", "DeviceInput"]
 
@@ -71,6 +75,32 @@ class DeviceInput:
             ]
         )
 
+    def epochs(self, steps_per_epoch: int | None = None, arrange: Callable[[Any], Any] = tuple) -> KerasEpochs:
+        """Return the batches as Keras 3 takes them, whatever its backend: `model.fit(coordinator["train"].epochs(100))`.
+
+        An epoch goes on where the one before it ended; the source must have been started. With the TensorFlow backend,
+        TensorFlow takes some batches ahead, so use `state_dict(delivered=...)` there. For one `fit` at a time.
+
+        Args:
+            steps_per_epoch: batches of an epoch; None: as many as an epoch of the Stream has for this device.
+            arrange: makes a batch what Keras expects, by default the tuple of its inputs: `lambda batch: ({"left":
+                batch.left, "right": batch.right}, batch.label)`. It must only rearrange: it is called for a description
+                of a batch, too.
+
+        Raises:
+            ConfigError: the number of steps is not known; Keras is not installed.
+        """
+        from input_workers.coordinator.keras_epochs import KerasEpochs
+
+        steps = self._core.batches_of_epoch if steps_per_epoch is None else steps_per_epoch
+        if steps is None:
+            raise ConfigError(
+                f"source {self._core.settings.name!r}: epochs(): wanted steps_per_epoch, since it is known only for a Stream "
+                "with one device"
+            )
+        check_whole("epochs: steps_per_epoch", steps, 1)
+        return KerasEpochs(self, steps, arrange)
+
     def __iter__(self) -> DeviceInput:
         return self
 
@@ -119,6 +149,10 @@ class DataInputCoordinator:
     def next_batch(self, timeout_s: float | None = None) -> Any:
         """Return the next batch of the only device; see `DeviceInput.next_batch`."""
         return (self._only or self.device()).next_batch(timeout_s)
+
+    def epochs(self, steps_per_epoch: int | None = None, arrange: Callable[[Any], Any] = tuple) -> KerasEpochs:
+        """Return the batches of the only device as Keras 3 takes them; see `DeviceInput.epochs`."""
+        return DeviceInput(self._core, self.device().name, self).epochs(steps_per_epoch, arrange)
 
     def __iter__(self) -> DataInputCoordinator:
         self.device()

@@ -174,6 +174,15 @@ class SourceCore:
         """What the source reads, if it is a Stream."""
         return self.settings.fetch_fun if isinstance(self.settings.fetch_fun, Stream) else None
 
+    @property
+    def batches_of_epoch(self) -> int | None:
+        """How many batches an epoch has, where that is known."""
+        if self.stream is None or len(self.devices) != 1:
+            return None
+        (device,) = self.devices.values()
+        rows = self.stream.plan(self.settings.last_batch, self.settings.batch_axes).epoch_rows(0)
+        return rows // device.batch_size if self.settings.last_batch == "drop" else -(-rows // device.batch_size)
+
     def state(self, delivered: int | None) -> dict[str, Any]:
         """Return the position as plain data; see `DataInputCoordinator.state_dict`."""
         settings, run = self.settings, self.run

@@ -1,0 +1,170 @@
+"""The batches of one device go in, epoch by epoch; what Keras' `fit`, `evaluate` and `predict` take comes out.
+
+Imports Keras: loaded when `epochs()` is first called.
+"""
+
+from __future__ import annotations
+
+import collections
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from input_workers.errors import ConfigError, EndOfData, InputWorkersError
+
+try:
+    # Keras passes such an adapter through as it is; it is the one way to hand over batches that are not computed by index.
+    from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+    from keras.src.trainers.data_adapters.data_adapter_utils import get_jax_iterator, get_numpy_iterator, get_torch_dataloader
+except ImportError as error:
+    raise ConfigError("epochs() needs Keras 3: pip install input-workers[keras]") from error
+
+__all__ = ["BatchReader", "KerasEpochs"]
+
+# Keras takes so many batches from the first epoch to build a model from, and begins the epoch anew.
+MOST_BUILD_BATCHES = 2
+# What Keras says when an epoch is over before its last step.
+RAN_OUT = "Your input ran out of data"
+
+
+class BatchReader(Protocol):
+    """Where batches come from: a device of a source."""
+
+    def next_batch(self) -> Any:
+        """Return the next batch."""
+
+    def batch_specs(self) -> Any:
+        """Return a batch's structure with (shape, dtype) of each array."""
+
+
+class KerasEpochs(DataAdapter):  # type: ignore[misc]  # Keras is not typed
+    """The batches of a device, cut into epochs of so many steps, as Keras takes them. For one `fit` at a time.
+
+    Each epoch goes on where the one before it ended. What goes wrong in the source comes out of `fit` as `next_batch`
+    raises it, whatever Keras' backend is.
+
+    Args:
+        reader: where the batches come from.
+        steps: batches of an epoch.
+        arrange: makes a batch what Keras expects: `(x, y)`, `(x, y, sample_weight)` or `(x,)`, each an array or a dict or
+            tuple of arrays. Called with a batch, and with `TensorSpec`s in its place.
+    """
+
+    def __init__(self, reader: BatchReader, steps: int, arrange: Callable[[Any], Any] = tuple) -> None:
+        self._reader = reader
+        self._steps = steps
+        self._arrange = arrange
+        self._epoch: _Epoch | None = None
+        self._given_back: collections.deque[Any] = collections.deque()
+        self._failure: BaseException | None = None
+
+    @property
+    def num_batches(self) -> int:
+        """Steps of an epoch."""
+        return self._steps
+
+    @property
+    def batch_size(self) -> int | None:
+        """None: Keras does not need to know."""
+        return None
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def get_numpy_iterator(self) -> Any:
+        """Return an iterator over an epoch, of NumPy arrays."""
+        return get_numpy_iterator(self._begin())
+
+    def get_jax_iterator(self) -> Any:
+        """Return an iterator over an epoch, of what JAX takes: its own arrays as they are, others as NumPy's."""
+        return get_jax_iterator(self._begin())
+
+    def get_torch_dataloader(self) -> Any:
+        """Return an epoch as a DataLoader, of tensors where Keras computes."""
+        return get_torch_dataloader(self._begin())
+
+    def get_tf_dataset(self) -> Any:
+        """Return a `tf.data.Dataset` of which each iteration is an epoch."""
+        import tensorflow as tf
+
+        specs = self._reader.batch_specs()
+        signature = self._arrange(specs._make(tf.TensorSpec(shape, dtype) for shape, dtype in specs))
+
+        def batches() -> Iterator[Any]:
+            try:
+                yield from self._begin()
+            except Exception as error:
+                # TensorFlow would only quote it. So its epoch ends here, and `on_epoch_end` raises it.
+                self._failure = error
+                warnings.filterwarnings("ignore", RAN_OUT)
+
+        return tf.data.Dataset.from_generator(batches, output_signature=signature)
+
+    def on_epoch_end(self) -> None:
+        """Keras has read an epoch, or has built its model from the first batches of one, which are then read again.
+
+        (So are these, should a `fit` have been stopped after them, and another one begin.)
+
+        Raises:
+            InputWorkersError: what ended the epoch, where TensorFlow could not raise it.
+        """
+        epoch, self._epoch = self._epoch, None
+        if epoch is not None and not epoch.is_over and epoch.first is not None:
+            self._given_back.extend(epoch.first)
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            filters: list[Any] = warnings.filters  # type: ignore[assignment]  # it is a list
+            filters[:] = [entry for entry in filters if getattr(entry[1], "pattern", "") != RAN_OUT]
+            raise failure
+
+    def _begin(self) -> _Epoch:
+        self._epoch = _Epoch(self._next, self._steps)
+        return self._epoch
+
+    def _next(self, is_first: bool) -> Any:
+        if self._given_back:
+            return self._given_back.popleft()
+        try:
+            return self._arrange(self._reader.next_batch())
+        except EndOfData:
+            if not is_first:
+                raise
+            # Of a Stream with epoch_end="break": the mark that follows the last step of the epoch before.
+            return self._arrange(self._reader.next_batch())
+
+
+class _Epoch:
+    """An iterator over one epoch.
+
+    Attributes:
+        first: its batches so far, as long as these are few.
+        is_over: it has ended.
+    """
+
+    def __init__(self, next_batch: Callable[[bool], Any], steps: int) -> None:
+        self._next = next_batch
+        self._left = self._steps = steps
+        self.first: list[Any] | None = []
+        self.is_over = False
+
+    def __iter__(self) -> _Epoch:
+        return self
+
+    def __next__(self) -> Any:
+        if self.is_over:
+            raise StopIteration
+        try:
+            batch = self._next(self._left == self._steps)
+        except EndOfData:
+            self.is_over = True
+            raise StopIteration from None
+        except InputWorkersError as error:
+            if error.cause is not None:  # Keras raises what passes through it `from None`
+                error.add_note("".join(traceback.format_exception(error.cause)))
+            raise
+        self._left -= 1
+        self.is_over = not self._left
+        if self.first is not None:
+            self.first = [*self.first, batch] if len(self.first) < MOST_BUILD_BATCHES else None
+        return batch
