@@ -30,29 +30,47 @@ class ArraySpec:
     """What one row of an input looks like.
 
     Attributes:
-        shape: the shape of one row, the batch axis left out: `(224, 224, 3)`; `()` for a label.
+        shape: the shape of one row, the batch axis left out: `(224, 224, 3)`; `()` for a label. None is a side of any
+            length, which may be another in each chunk: only with `rebatch=False`.
         dtype: the exact dtype, byte order included.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     dtype: np.dtype[Any]
 
-    def __init__(self, shape: Sequence[int], dtype: DTypeLike) -> None:
-        object.__setattr__(self, "shape", tuple(int(side) for side in shape))
+    def __init__(self, shape: Sequence[int | None], dtype: DTypeLike) -> None:
+        object.__setattr__(self, "shape", tuple(None if side is None else int(side) for side in shape))
         object.__setattr__(self, "dtype", np.dtype(dtype))
-        if any(side < 0 for side in self.shape):
+        if any(side is not None and side < 0 for side in self.shape):
             raise ConfigError(f"ArraySpec: a side is negative in shape {self.shape}")
         if self.dtype.hasobject:
             raise SpecMismatch(f"ArraySpec: dtype {self.dtype} holds Python objects; wanted fixed-size values")
 
     def batch_shape(self, rows: int, axis: int) -> tuple[int, ...]:
-        """Return the shape of `rows` rows with the batch axis at `axis`."""
-        return (*self.shape[:axis], rows, *self.shape[axis:])
+        """Return the shape of `rows` rows with the batch axis at `axis`. Only where every side is known."""
+        shape = self._known()
+        return (*shape[:axis], rows, *shape[axis:])
 
     @property
     def row_nbytes(self) -> int:
-        """Bytes of one row."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        """Bytes of one row. Only where every side is known."""
+        return math.prod(self._known()) * self.dtype.itemsize
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether every side is known."""
+        return None not in self.shape
+
+    def admits(self, shape: Sequence[int]) -> bool:
+        """Whether rows may have this shape."""
+        sides = zip(self.shape, shape, strict=False)
+        return len(shape) == len(self.shape) and all(wanted is None or wanted == got for wanted, got in sides)
+
+    def _known(self) -> tuple[int, ...]:
+        known = tuple(side for side in self.shape if side is not None)
+        if len(known) != len(self.shape):
+            raise ConfigError(f"ArraySpec: got shape {self.shape}; wanted one without a side of any length (None)")
+        return known
 
 
 class FetchRequest:

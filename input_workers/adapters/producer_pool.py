@@ -124,7 +124,7 @@ class ProducerPool:
         if isinstance(buffers, bool) or not isinstance(buffers, int) or not 1 <= buffers <= MAX_BUFFERS:
             raise ConfigError(f"ProducerPool: buffers: got {buffers!r}; wanted a whole number from 1 to {MAX_BUFFERS}")
         specs = _checked_specs(shapes, dtype)
-        self._shapes = [spec.shape for spec in specs]
+        self._shapes = [spec.batch_shape(0, 0)[1:] for spec in specs]
         self._coordinator = GlobalCoordinator()
         self._tokens = BufferTokens(buffers)
         try:

@@ -236,9 +236,9 @@ class FetchSide:
             return describe(error)
 
     def _lend(self, rows: int) -> list[NDArray[Any]] | None:
-        """Return memory for a request's rows, once the specs are known."""
+        """Return memory for a request's rows, once the specs are known; None where rows have any shape."""
         specs = self._book.specs
-        if specs is None:
+        if specs is None or not all(spec.is_fixed for spec in specs):
             return None
         pool = self._out_pools.get(rows)
         if pool is None:

@@ -71,7 +71,8 @@ def init_data_input_workers(
         max_buffered_bytes: a second bound on what waits, in bytes. A chunk larger than a bound passes alone.
         device_queue_depth: batches kept on the device ahead of the trainer.
         name_scope: "gpu_0": this call adds a device to the source; its settings must agree, its workers add up.
-        specs: what one row of each input looks like; by default learnt from the first chunk.
+        specs: what one row of each input looks like; by default learnt from the first chunk. With `rebatch=False` a side may
+            be None: of any length, another in each chunk.
         coordinator: another than `iw.global_coordinator`.
 
     Returns:

@@ -136,7 +136,7 @@ class SourceSettings:
             fetchers=chosen,
             max_buffered_bytes=None if max_buffered_bytes is None else _whole("max_buffered_bytes", max_buffered_bytes, 1),
             device_queue_depth=_whole("device_queue_depth", device_queue_depth, 1),
-            specs=_specs(specs, names),
+            specs=_specs(specs, names, bool(rebatch)),
             ordered=bool(ordered),
             on_error=on_error,
         )
@@ -167,9 +167,15 @@ def _axes(batch_axes: int | Sequence[int], names: Sequence[str]) -> tuple[int, .
     return axes
 
 
-def _specs(specs: Sequence[ArraySpec] | None, names: Sequence[str]) -> tuple[ArraySpec, ...] | None:
+def _specs(specs: Sequence[ArraySpec] | None, names: Sequence[str], rebatch: bool) -> tuple[ArraySpec, ...] | None:
     if specs is None:
         return None
     if not all(isinstance(spec, ArraySpec) for spec in specs) or len(specs) != len(names):
         raise ConfigError(f"specs: got {specs!r}; wanted an ArraySpec for each of {list(names)}")
+    for name, spec in zip(names, specs, strict=True):
+        if rebatch and not spec.is_fixed:
+            raise ConfigError(
+                f"specs: input {name!r}: got shape {spec.shape}: chunks of unequal shapes cannot be cut into batches; wanted "
+                "rebatch=False, which delivers them as they come, or rows of one length, as pad_ragged= of a source makes them"
+            )
     return tuple(specs)

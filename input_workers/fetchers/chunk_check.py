@@ -78,7 +78,7 @@ class ChunkCheck:
 
     Attributes:
         axes: the batch axis of each input.
-        row_nbytes: bytes of one row of all inputs; 0 before the first rows were seen.
+        row_nbytes: bytes of one row of all inputs; 0 before the first rows were seen, and where rows have any shape.
     """
 
     __slots__ = ("_book", "_layouts", "axes", "row_nbytes")
@@ -149,19 +149,17 @@ class ChunkCheck:
             raise self._mismatch(f"got unequal numbers of rows, {shapes}", f"as many in each along axis {axes}")
         if request is not None and counts[0] != len(request.rows):
             raise self._mismatch(f"got {counts[0]} rows", f"exactly the {len(request.rows)} that were asked for")
-        found = [
-            ArraySpec(array.shape[:axis] + array.shape[axis + 1 :], array.dtype)
-            for array, axis in zip(arrays, self.axes, strict=True)
-        ]
+        row_shapes = [array.shape[:axis] + array.shape[axis + 1 :] for array, axis in zip(arrays, self.axes, strict=True)]
+        found = [ArraySpec(shape, array.dtype) for shape, array in zip(row_shapes, arrays, strict=True)]
         if book.specs is not None or counts[0]:
             specs = book.specs or book.learn(found)
-            for name, spec, got in zip(names, specs, found, strict=True):
-                if got != spec:
+            for name, spec, array, shape in zip(names, specs, arrays, row_shapes, strict=True):
+                if array.dtype != spec.dtype or not spec.admits(shape):
                     raise self._mismatch(
-                        f"input {name!r}: got rows of {got.dtype!r} with shape {got.shape}",
+                        f"input {name!r}: got rows of {array.dtype!r} with shape {shape}",
                         f"{spec.dtype!r} with shape {spec.shape}, as given or as in the first chunk; nothing is ever cast",
                     )
-        if counts[0]:
+        if counts[0] and all(spec.is_fixed for spec in book.known()):
             self._learn(book.known(), counts[0])
         return int(counts[0])
 

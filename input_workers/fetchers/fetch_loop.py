@@ -218,7 +218,7 @@ def fetch_loop(
                 continue
             back_off = None
             recorder.rows += rows
-            nbytes = rows * check.row_nbytes
+            nbytes = rows * check.row_nbytes or sum(array.nbytes for array in result)
             if nbytes < chunks.pack_below_nbytes and request is None and pack(result, rows, nbytes):
                 continue
             lent = request.out if request is not None else None

@@ -154,7 +154,7 @@ class Worker:
     def offer(self, rows: int) -> list[NDArray[Any]] | None:
         """Return arrays in the granted block for so many rows; None while the specs are not known."""
         if self._offered is None:
-            if self._specs is None:
+            if self._specs is None or not all(spec.is_fixed for spec in self._specs):
                 return None
             shapes = [spec.batch_shape(rows, axis) for spec, axis in zip(self._specs, self.job.axes, strict=True)]
             dtypes = [spec.dtype for spec in self._specs]

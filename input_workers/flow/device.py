@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from input_workers.contracts import ArraySpec, DeviceFeed, Slot
 from input_workers.errors import EndOfData, Failure, FeedFailed, QueueClosed
 from input_workers.flow.device_queue import DeviceQueue, QueuedBatch
 from input_workers.leases import SlotPool
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["Device", "Target"]
 
@@ -18,19 +21,23 @@ __all__ = ["Device", "Target"]
 class Target:
     """A feed and a batch size, fixed for every slot that is begun with it; opened at the first."""
 
-    __slots__ = ("_lease_slots", "batch_size", "chunk_alignment", "feed", "opened")
+    __slots__ = ("_batch_axes", "_lease_slots", "batch_size", "chunk_alignment", "feed", "opened")
 
     def __init__(self, feed: DeviceFeed, batch_size: int) -> None:
         self.feed = feed
         self.batch_size = batch_size
         self.chunk_alignment: int | None = getattr(feed, "chunk_alignment", None)
         self.opened = False
+        self._batch_axes: Sequence[int] = ()
         self._lease_slots: Callable[[int], Slot]
 
     def open(self, specs: Sequence[ArraySpec], batch_axes: Sequence[int], keep: int) -> None:
-        """Open the feed and make the pool of slots, of which `keep` free ones are kept."""
+        """Open the feed and make the pool of slots, of which `keep` free ones are kept; none where rows have any shape."""
         self.feed.open(specs, self.batch_size)
         self.opened = True
+        self._batch_axes = batch_axes
+        if not all(spec.is_fixed for spec in specs):
+            return
         pool = SlotPool(specs, batch_axes, self.batch_size, keep)
         self._lease_slots = lambda rows: (
             pool.lease() if rows == pool.rows else SlotPool(specs, batch_axes, rows, keep=0).lease()
@@ -39,6 +46,12 @@ class Target:
     def lease(self, rows: int) -> Slot:
         """Return an empty slot for `rows` rows: one of the pool's, where it is a batch."""
         return self._lease_slots(rows)
+
+    def lease_like(self, arrays: Sequence[NDArray[Any]], rows: int) -> Slot:
+        """Return an empty slot for `rows` rows as these arrays have them."""
+        shapes = [array.shape[:axis] + array.shape[axis + 1 :] for array, axis in zip(arrays, self._batch_axes, strict=True)]
+        specs = [ArraySpec(shape, array.dtype) for shape, array in zip(shapes, arrays, strict=True)]
+        return SlotPool(specs, self._batch_axes, rows, keep=0).lease()
 
 
 class Device:

@@ -82,7 +82,7 @@ class Enqueuer:
         # Full slots held back until each device has one, so that a finite end gives all equally many.
         self._round: list[_Making] = []
         self._pending: list[Chunk] = []  # taken, and not yet held by the re-chunker
-        self._row_nbytes = 0  # known with the first chunk
+        self._row_nbytes = 0  # known with the first chunk; stays 0 where rows have any shape
         self._fill_seconds = 0.0  # spent so far on the slot in the making
 
     def run(self) -> None:
@@ -184,7 +184,7 @@ class Enqueuer:
             if slot.filled < slot.rows:
                 copied, rows = rechunker.fill(slot)
                 if rows:
-                    self._chunks.release(copied, rows, rows * self._row_nbytes)
+                    self._chunks.release(copied, rows, rows * self._row_nbytes or sum(chunk[2] for chunk in copied))
                 del copied  # or they would live until the next batch
             full = slot.filled == slot.rows
             del slot  # the trainer may let go of the batch before this frame ends
@@ -196,13 +196,15 @@ class Enqueuer:
     def _begin_slot(self) -> _Making:
         """Return the next slot to fill, or one that is full, because it is the next chunk itself."""
         device, target = self._next_target()
-        rows = target.batch_size if self._rebatch else self._rechunker.next_chunk_rows()
+        arrays, rows, nbytes, _ = self._rechunker.next_chunk()
+        if self._rebatch:
+            rows = target.batch_size
         if target.chunk_alignment is not None:
             slot = self._rechunker.adopt(rows, target.chunk_alignment)
             if slot is not None:
-                self._chunks.release([None], rows, rows * self._row_nbytes)
+                self._chunks.release([None], rows, nbytes)
                 return device, target, slot
-        return device, target, target.lease(rows)
+        return device, target, target.lease(rows) if self._row_nbytes else target.lease_like(arrays, rows)
 
     def _next_target(self) -> tuple[Device, Target]:
         """Return the device whose turn it is, and its target, opened."""
@@ -216,7 +218,8 @@ class Enqueuer:
             target = device.target
             if not target.opened:
                 specs = self._specs()
-                self._row_nbytes = sum(spec.row_nbytes for spec in specs)
+                if all(spec.is_fixed for spec in specs):
+                    self._row_nbytes = sum(spec.row_nbytes for spec in specs)
                 try:
                     device.open(target, specs)
                 except Exception as error:

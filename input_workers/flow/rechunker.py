@@ -55,9 +55,9 @@ class Rechunker:
         self._ends.extend(ends)
         self._held.extend(chunks)
 
-    def next_chunk_rows(self) -> int:
-        """Return the rows of the next chunk; 0 if none is held."""
-        return self._held[0][1] if self._held else 0
+    def next_chunk(self) -> Chunk:
+        """Return the chunk that is next; one must be held."""
+        return self._held[0]
 
     def adopt(self, rows: int, alignment: int) -> Slot | None:
         """Return a slot made of the next chunk itself if that has `rows` rows, all of them to come, is contiguous,

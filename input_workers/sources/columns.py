@@ -12,7 +12,7 @@ from input_workers.errors import BadRows, SpecMismatch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Column", "Failures", "check_rows", "make_columns"]
+__all__ = ["Column", "Failures", "as_array", "check_rows", "make_columns"]
 
 
 class Column:
@@ -44,18 +44,10 @@ class Column:
             SpecMismatch: it is something else, or has another dtype or shape than the rows before it.
             Exception: what the value's own `__array__` raises.
         """
-        if isinstance(value, np.ndarray):
-            array = value
-        elif isinstance(value, (bool, int, float, complex, np.generic)) or (
-            hasattr(value, "__array__") or hasattr(value, "__array_interface__")
-        ):
-            array = np.asarray(value)
-        else:
-            raise self._mismatch(row, f"{type(value).__qualname__}", "an array (np.asarray makes one) or a number")
-        if isinstance(array, (np.ma.MaskedArray, np.matrix)):
-            raise self._mismatch(row, f"{type(array).__qualname__}", "a plain array")
-        if array.dtype.hasobject or not array.dtype.itemsize:
-            raise self._mismatch(row, f"dtype {array.dtype!r}", "values of a fixed size")
+        try:
+            array = as_array(value)
+        except SpecMismatch as error:
+            raise SpecMismatch(f"{self._what}, row {row}: {error}") from error
         self.allocate(row, array.dtype, array.shape)[at] = array
 
     def put_many(self, at: NDArray[np.int64], rows: NDArray[np.int64], values: NDArray[Any]) -> None:
@@ -85,6 +77,28 @@ class Column:
 
     def _mismatch(self, row: int, got: str, wanted: str) -> SpecMismatch:
         return SpecMismatch(f"{self._what}, row {row}: got {got}; wanted {wanted}")
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """Return a value of one input as a plain array: itself, or what a number or a tensor in host memory makes.
+
+    Raises:
+        SpecMismatch: it is something else, with got and wanted; whoever knows where it comes from says so.
+        Exception: what the value's own `__array__` raises.
+    """
+    if isinstance(value, np.ndarray):
+        array = value
+    elif isinstance(value, (bool, int, float, complex, np.generic)) or (
+        hasattr(value, "__array__") or hasattr(value, "__array_interface__")
+    ):
+        array = np.asarray(value)
+    else:
+        raise SpecMismatch(f"got {type(value).__qualname__}; wanted an array (np.asarray makes one) or a number")
+    if isinstance(array, (np.ma.MaskedArray, np.matrix)):
+        raise SpecMismatch(f"got {type(array).__qualname__}; wanted a plain array")
+    if array.dtype.hasobject or not array.dtype.itemsize:
+        raise SpecMismatch(f"got dtype {array.dtype!r}; wanted values of a fixed size")
+    return array
 
 
 def make_columns(owner: str, names: Sequence[str], rows: int, out: Sequence[NDArray[Any]] | None) -> list[Column]:
