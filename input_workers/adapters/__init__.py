@@ -12,7 +12,7 @@ __all__ = ["ProducerPool"]
 
 # Loaded when they are used: classes, and modules that need another package.
 _CLASSES = {"ProducerPool": "producer_pool"}
-_MODULES = {"tf_data"}
+_MODULES = {"keras", "tf_data"}
 
 
 def __getattr__(name: str) -> Any:

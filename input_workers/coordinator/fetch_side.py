@@ -169,6 +169,7 @@ class FetchSide:
         return WorkerSettings(
             source=settings.name,
             start=processes.start_method,
+            preload=processes.preload,
             restarts=processes.restarts,
             fetch_timeout_s=settings.fetch_timeout_s,
             keep_blocks=settings.device_queue_depth + 2,  # of each worker: fewer, and some would be mapped anew all the time

@@ -5,11 +5,14 @@ Imports Keras: loaded when `epochs()` is first called.
 
 from __future__ import annotations
 
+import abc
 import collections
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from input_workers.errors import ConfigError, EndOfData, InputWorkersError
 
@@ -20,7 +23,7 @@ try:
 except ImportError as error:
     raise ConfigError("epochs() needs Keras 3: pip install input-workers[keras]") from error
 
-__all__ = ["BatchReader", "KerasEpochs"]
+__all__ = ["BatchReader", "KerasBatches", "KerasEpochs"]
 
 # Keras takes so many batches from the first epoch to build a model from, and begins the epoch anew.
 MOST_BUILD_BATCHES = 2
@@ -38,11 +41,65 @@ class BatchReader(Protocol):
         """Return a batch's structure with (shape, dtype) of each array."""
 
 
-class KerasEpochs(DataAdapter):  # type: ignore[misc]  # Keras is not typed
-    """The batches of a device, cut into epochs of so many steps, as Keras takes them. For one `fit` at a time.
+class KerasBatches(DataAdapter, abc.ABC):  # type: ignore[misc]  # Keras is not typed
+    """Batches as Keras takes them, an epoch at a time. For one `fit` at a time.
 
-    Each epoch goes on where the one before it ended. What goes wrong in the source comes out of `fit` as `next_batch`
-    raises it, whatever Keras' backend is.
+    What goes wrong in the source comes out of `fit` as it is, whatever Keras' backend is.
+    """
+
+    def __init__(self) -> None:
+        self._failure: BaseException | None = None
+
+    @abc.abstractmethod
+    def begin(self) -> Iterator[Any]:
+        """Return an iterator over the next epoch."""
+
+    @abc.abstractmethod
+    def signature(self, spec: Callable[[Sequence[int | None], np.dtype[Any]], Any]) -> Any:
+        """Return a batch of what `spec(shape, dtype)` makes."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """None: Keras does not need to know."""
+        return None
+
+    def get_numpy_iterator(self) -> Any:
+        """Return an iterator over an epoch, of NumPy arrays."""
+        return get_numpy_iterator(_explained(self.begin()))
+
+    def get_jax_iterator(self) -> Any:
+        """Return an iterator over an epoch, of what JAX takes: its own arrays as they are, others as NumPy's."""
+        return get_jax_iterator(_explained(self.begin()))
+
+    def get_torch_dataloader(self) -> Any:
+        """Return an epoch as a DataLoader, of tensors where Keras computes."""
+        return get_torch_dataloader(_explained(self.begin()))
+
+    def get_tf_dataset(self) -> Any:
+        """Return a `tf.data.Dataset` of which each iteration is an epoch."""
+        import tensorflow as tf
+
+        def batches() -> Iterator[Any]:
+            try:
+                yield from _explained(self.begin())
+            except Exception as error:
+                # TensorFlow would only quote it. So its epoch ends here, and `on_epoch_end` raises it.
+                self._failure = error
+                warnings.filterwarnings("ignore", RAN_OUT)
+
+        return tf.data.Dataset.from_generator(batches, output_signature=self.signature(tf.TensorSpec))
+
+    def on_epoch_end(self) -> None:
+        """Keras has read an epoch. Raises what ended it, where TensorFlow could not."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            filters: list[Any] = warnings.filters  # type: ignore[assignment]  # it is a list
+            filters[:] = [entry for entry in filters if getattr(entry[1], "pattern", "") != RAN_OUT]
+            raise failure
+
+
+class KerasEpochs(KerasBatches):
+    """The batches of a device, cut into epochs of so many steps. Each goes on where the one before it ended.
 
     Args:
         reader: where the batches come from.
@@ -51,76 +108,41 @@ class KerasEpochs(DataAdapter):  # type: ignore[misc]  # Keras is not typed
             tuple of arrays. Called with a batch, and with `TensorSpec`s in its place.
     """
 
-    def __init__(self, reader: BatchReader, steps: int, arrange: Callable[[Any], Any] = tuple) -> None:
+    def __init__(self, reader: BatchReader, steps: int, arrange: Callable[[Any], Any]) -> None:
+        super().__init__()
         self._reader = reader
         self._steps = steps
         self._arrange = arrange
         self._epoch: _Epoch | None = None
         self._given_back: collections.deque[Any] = collections.deque()
-        self._failure: BaseException | None = None
 
     @property
     def num_batches(self) -> int:
         """Steps of an epoch."""
         return self._steps
 
-    @property
-    def batch_size(self) -> int | None:
-        """None: Keras does not need to know."""
-        return None
-
     def __len__(self) -> int:
         return self._steps
 
-    def get_numpy_iterator(self) -> Any:
-        """Return an iterator over an epoch, of NumPy arrays."""
-        return get_numpy_iterator(self._begin())
+    def begin(self) -> _Epoch:
+        """Return an iterator over the next epoch."""
+        self._epoch = _Epoch(self._next, self._steps)
+        return self._epoch
 
-    def get_jax_iterator(self) -> Any:
-        """Return an iterator over an epoch, of what JAX takes: its own arrays as they are, others as NumPy's."""
-        return get_jax_iterator(self._begin())
-
-    def get_torch_dataloader(self) -> Any:
-        """Return an epoch as a DataLoader, of tensors where Keras computes."""
-        return get_torch_dataloader(self._begin())
-
-    def get_tf_dataset(self) -> Any:
-        """Return a `tf.data.Dataset` of which each iteration is an epoch."""
-        import tensorflow as tf
-
+    def signature(self, spec: Callable[[Sequence[int | None], np.dtype[Any]], Any]) -> Any:
+        """Return a batch of what `spec(shape, dtype)` makes."""
         specs = self._reader.batch_specs()
-        signature = self._arrange(specs._make(tf.TensorSpec(shape, dtype) for shape, dtype in specs))
-
-        def batches() -> Iterator[Any]:
-            try:
-                yield from self._begin()
-            except Exception as error:
-                # TensorFlow would only quote it. So its epoch ends here, and `on_epoch_end` raises it.
-                self._failure = error
-                warnings.filterwarnings("ignore", RAN_OUT)
-
-        return tf.data.Dataset.from_generator(batches, output_signature=signature)
+        return self._arrange(specs._make(spec(*each) for each in specs))
 
     def on_epoch_end(self) -> None:
         """Keras has read an epoch, or has built its model from the first batches of one, which are then read again.
 
         (So are these, should a `fit` have been stopped after them, and another one begin.)
-
-        Raises:
-            InputWorkersError: what ended the epoch, where TensorFlow could not raise it.
         """
         epoch, self._epoch = self._epoch, None
         if epoch is not None and not epoch.is_over and epoch.first is not None:
             self._given_back.extend(epoch.first)
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            filters: list[Any] = warnings.filters  # type: ignore[assignment]  # it is a list
-            filters[:] = [entry for entry in filters if getattr(entry[1], "pattern", "") != RAN_OUT]
-            raise failure
-
-    def _begin(self) -> _Epoch:
-        self._epoch = _Epoch(self._next, self._steps)
-        return self._epoch
+        super().on_epoch_end()
 
     def _next(self, is_first: bool) -> Any:
         if self._given_back:
@@ -159,12 +181,18 @@ class _Epoch:
         except EndOfData:
             self.is_over = True
             raise StopIteration from None
-        except InputWorkersError as error:
-            if error.cause is not None:  # Keras raises what passes through it `from None`
-                error.add_note("".join(traceback.format_exception(error.cause)))
-            raise
         self._left -= 1
         self.is_over = not self._left
         if self.first is not None:
             self.first = [*self.first, batch] if len(self.first) < MOST_BUILD_BATCHES else None
         return batch
+
+
+def _explained(batches: Iterator[Any]) -> Iterator[Any]:
+    """Pass batches on. Keras raises what passes through it `from None`, so what the cause was is noted."""
+    try:
+        yield from batches
+    except InputWorkersError as error:
+        if error.cause is not None:
+            error.add_note("".join(traceback.format_exception(error.cause)))
+        raise

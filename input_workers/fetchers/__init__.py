@@ -31,6 +31,8 @@ class Processes:
         start: "forkserver" (default on Linux), "spawn", or "fork", which is refused while threads run.
         worker_init_fun: `worker_init_fun(worker_id)`, once in each worker, before its first call.
         restarts: how many deaths of a worker within a minute are made good by starting another.
+        preload: modules that take long to import: the process that forks the workers imports them once, so each worker
+            starts with them. They must not start threads that work. Only "forkserver" needs it.
 
     Raises:
         ConfigError: a value is wrong.
@@ -39,6 +41,7 @@ class Processes:
     start: StartMethod | None = None
     worker_init_fun: Callable[[int], object] | None = None
     restarts: int = 3
+    preload: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.start not in (None, "forkserver", "spawn", "fork"):
@@ -47,6 +50,8 @@ class Processes:
             raise ConfigError(f"Processes: worker_init_fun: got {self.worker_init_fun!r}; wanted f(worker_id)")
         if isinstance(self.restarts, bool) or not isinstance(self.restarts, int) or self.restarts < 0:
             raise ConfigError(f"Processes: restarts: got {self.restarts!r}; wanted a whole number of at least 0")
+        if not isinstance(self.preload, tuple) or not all(isinstance(name, str) for name in self.preload):
+            raise ConfigError(f"Processes: preload: got {self.preload!r}; wanted a tuple of names of modules")
 
     @property
     def start_method(self) -> StartMethod:

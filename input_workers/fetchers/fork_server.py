@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import importlib
 import os
 import pickle
 import signal
@@ -19,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import reduction
 
+from input_workers.errors import describe
 from input_workers.fetchers.frames import receive_descriptors
 
 __all__ = ["ForkServer", "command", "fork_server", "serve_forks", "worker_environment"]
@@ -26,7 +28,7 @@ __all__ = ["ForkServer", "command", "fork_server", "serve_forks", "worker_enviro
 # A worker's own threads would share its core with those of the other workers.
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 
-FORK, WAIT = b"f", b"w"
+FORK, WAIT, PRELOAD = b"f", b"w", b"p"
 _DESCRIPTORS = 4  # of a worker: its end of the pipe, the silent pipe, stdout, stderr
 
 
@@ -67,8 +69,10 @@ class ForkServer:
         self._end: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def fork(self, descriptors: Sequence[int]) -> tuple[int, int]:
+    def fork(self, descriptors: Sequence[int], preload: Sequence[str] = ()) -> tuple[int, int]:
         """Fork a worker with these descriptors; return (its pid, a descriptor that is readable when it has ended).
+
+        The server imports the modules of `preload` before, if it has not yet.
 
         Raises:
             OSError: the worker, or the server, cannot be started.
@@ -77,13 +81,17 @@ class ForkServer:
             if self._end is None or self._process is None or self._process.poll() is not None:
                 self._start()
             try:
-                return self._fork(descriptors)
+                return self._fork(descriptors, preload)
             except ServerDied:  # since it was last needed
                 self._start()
-                return self._fork(descriptors)
+                return self._fork(descriptors, preload)
 
-    def _fork(self, descriptors: Sequence[int]) -> tuple[int, int]:
+    def _fork(self, descriptors: Sequence[int], preload: Sequence[str]) -> tuple[int, int]:
         with self._exchange() as end:
+            if preload:
+                names = pickle.dumps(tuple(preload))
+                end.sendall(PRELOAD + len(names).to_bytes(8, "big") + names)
+                self._answer(end)
             end.sendall(FORK)
             reduction.sendfds(end, list(descriptors))
             pid = self._answer(end)
@@ -217,6 +225,9 @@ def _serve(end: socket.socket, main: Callable[[int, int, Sequence[str]], None]) 
                 os.close(ended)
             for descriptor in descriptors:
                 os.close(descriptor)
+        elif order == PRELOAD:
+            names = pickle.loads(end.recv(int.from_bytes(end.recv(8, socket.MSG_WAITALL), "big"), socket.MSG_WAITALL))  # noqa: S301
+            _reply(end, _import(names))
         elif order == WAIT:
             pid = int.from_bytes(end.recv(8, socket.MSG_WAITALL), "big")
             try:
@@ -225,6 +236,15 @@ def _serve(end: socket.socket, main: Callable[[int, int, Sequence[str]], None]) 
                 _reply(end, (error.errno, str(error.strerror)))
         else:
             return
+
+
+def _import(names: Sequence[str]) -> int | tuple[int, str]:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # foreign code
+            return errno.EINVAL, f"preload: {name!r} cannot be imported: {describe(error)}"
+    return 0
 
 
 def _become_worker(descriptors: Sequence[int], main: Callable[[int, int, Sequence[str]], None]) -> None:

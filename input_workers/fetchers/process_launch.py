@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 from input_workers.errors import ConfigError
 from input_workers.fetchers import StartMethod
@@ -45,7 +46,7 @@ class WorkerProcess:
         OSError: it cannot be started: a limit of processes, memory or descriptors.
     """
 
-    def __init__(self, start: StartMethod) -> None:
+    def __init__(self, start: StartMethod, preload: Sequence[str] = ()) -> None:
         opened: list[int] = []
         self.ended = self._life = -1
         self._popen: subprocess.Popen[bytes] | None = None
@@ -63,7 +64,7 @@ class WorkerProcess:
             opened += [error_read, error_write]
             theirs.setblocking(True)  # whatever socket.setdefaulttimeout says
             if start == "forkserver":
-                self.pid, self.ended = fork_server.fork([theirs.fileno(), life_read, out_write, error_write])
+                self.pid, self.ended = fork_server.fork([theirs.fileno(), life_read, out_write, error_write], preload)
             elif start == "spawn":
                 self._popen = subprocess.Popen(  # noqa: S603  ourselves
                     command("process_child.main", theirs.fileno(), life_read, list(sys.path)),

@@ -88,7 +88,7 @@ class WorkerSession:
         self._frames: collections.deque[Frame] = collections.deque()  # that have come from it
         self._knows_specs = False
         self._is_ready = False
-        self.process = WorkerProcess(start)
+        self.process = WorkerProcess(start, settings.preload)
         try:
             self._printed = output.add(worker_id, self.process.outputs)
         except BaseException:

@@ -32,6 +32,7 @@ class WorkerSettings:
     Attributes:
         source: its name.
         start: how processes are started.
+        preload: modules that the fork server imports.
         restarts: how many deaths within a minute are made good.
         fetch_timeout_s: how long a call may take.
         keep_blocks: free blocks kept.
@@ -46,6 +47,7 @@ class WorkerSettings:
 
     source: str
     start: StartMethod
+    preload: Sequence[str]
     restarts: int
     fetch_timeout_s: float | None
     keep_blocks: int
