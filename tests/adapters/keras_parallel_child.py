@@ -13,6 +13,7 @@ import pytest
 import input_workers as iw
 
 BATCH, ROWS = 4, 30  # the last batch has two rows
+MANY = 400  # more than the queues take
 
 
 class OwnError(Exception):
@@ -22,9 +23,9 @@ class OwnError(Exception):
 class Numbers(keras.utils.PyDataset):
     """Rows that are their own numbers, in the order of `rows`, which the end of an epoch turns round."""
 
-    def __init__(self, fail_at=None):
+    def __init__(self, fail_at=None, rows=ROWS):
         super().__init__()
-        self.rows = np.arange(ROWS, dtype=np.float32)
+        self.rows = np.arange(rows, dtype=np.float32)
         self.fail_at = fail_at
         self.epochs_begun, self.epochs_ended = [], []
 
@@ -43,10 +44,6 @@ class Numbers(keras.utils.PyDataset):
     def on_epoch_end(self):
         self.epochs_ended.append(os.getpid())
         self.rows = self.rows[::-1].copy()
-
-
-class Seen(keras.callbacks.Callback):
-    """What `train_step` got, through a model whose output is its input."""
 
 
 def model_of():
@@ -133,12 +130,12 @@ def an_error_in_training_leaves_no_worker(batch):
                 assert children()
                 raise OwnError("of a callback")
 
-    dataset = iw.adapters.keras.parallel(Numbers(), 2, max_buffered_batches=1)
+    dataset = iw.adapters.keras.parallel(Numbers(rows=MANY), 2, max_buffered_batches=1)
     with pytest.raises(OwnError):
         model_of().fit(dataset, verbose=0, callbacks=[Fails()])
     no_worker_is_left()
     model_of().fit(dataset, verbose=0)
-    with pytest.raises(OwnError), iw.adapters.keras.parallel(Numbers(), 2, max_buffered_batches=1) as dataset:
+    with pytest.raises(OwnError), iw.adapters.keras.parallel(Numbers(rows=MANY), 2, max_buffered_batches=1) as dataset:
         model_of().fit(dataset, verbose=0, callbacks=[Fails()])
     assert not children()
 
@@ -152,7 +149,7 @@ def ctrl_c():
                 print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)  # noqa: T201
 
     model_of().fit(
-        iw.adapters.keras.parallel(Numbers(), 2, max_buffered_batches=1), epochs=10**6, verbose=0, callbacks=[Says()]
+        iw.adapters.keras.parallel(Numbers(rows=MANY), 2, max_buffered_batches=1), epochs=10**6, verbose=0, callbacks=[Says()]
     )
 
 
