@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from input_workers.errors import ConfigError, InputWorkersError
 
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _verify_resume(parsed.config, parsed.at)
         if parsed.command == "top":
             return _top(parsed.url, parsed.once, parsed.json)
+        if parsed.benchmark == "headspace":
+            bounds = {"rounds": parsed.rounds, "seconds": parsed.seconds, "steps": parsed.steps}
+            return _headspace(parsed.config, bounds, parsed.json)
         return _bench(parsed.benchmark, parsed.only)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -64,13 +68,30 @@ def _parser() -> argparse.ArgumentParser:
         "--at", type=int, action="append", required=True, metavar="BATCH", help="stop after so many batches; may be repeated"
     )
     bench = commands.add_parser("bench", help="measure the package against the limits of this machine")
-    bench.add_argument("benchmark", choices=["core", "keras", "processes", "streams"])
-    bench.add_argument("only", nargs="?", help="run only those whose name contains this")
+    benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    for name in ("core", "keras", "processes", "streams"):
+        one = benchmarks.add_parser(name)
+        one.add_argument("only", nargs="?", help="run only those whose name contains this")
+    headspace = benchmarks.add_parser(
+        "headspace", help="how much faster the training of a configuration would be with free data"
+    )
+    headspace.add_argument("config", metavar="CONFIG.toml")
+    headspace.add_argument("--rounds", type=_count, default=5, help="how often each side is measured; by default 5")
+    headspace.add_argument("--seconds", type=_seconds, default=2.0, help="of each side in each round; by default 2")
+    headspace.add_argument("--steps", type=_count, help="instead of --seconds: training steps of each side in each round")
+    headspace.add_argument("--json", action="store_true", help="print the numbers as JSON")
     top = commands.add_parser("top", help="show the numbers of a trainer that serves its metrics, refreshed every second")
     top.add_argument("url", metavar="URL", nargs="?", default=DEFAULT_URL, help=f"by default {DEFAULT_URL}")
     top.add_argument("--once", action="store_true", help="show them once, and end")
     top.add_argument("--json", action="store_true", help="with --once: print them as JSON")
-    for command in (train, check, verify, bench, top):  # after the command too; left out there, it does not undo the first
+    for command in (
+        train,
+        check,
+        verify,
+        bench,
+        *benchmarks.choices.values(),
+        top,
+    ):  # after the command too; left out there, it does not undo the first
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
@@ -105,11 +126,11 @@ def _top(url: str, once: bool, as_json: bool) -> int:
     return 0
 
 
-def _console() -> Console:
+def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     # Names of files and classes are shown as they are, and lines are cut by nobody.
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _check(path: str) -> int:
@@ -127,6 +148,29 @@ def _bench(benchmark: str, only: str | None) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"bench {benchmark} needs {error.name}: pip install input-workers[bench]") from error
     return int(module.main() if only is None else module.main(only))
+
+
+def _headspace(path: str, bounds: dict[str, Any], as_json: bool) -> int:
+    from input_workers.bench.headspace import Bounds, headspace
+    from input_workers.config import load_config
+
+    found = headspace(load_config(path), _console(stderr=as_json), Bounds(**bounds))
+    print(found.as_json() if as_json else found)
+    return 0 if found.nonsense is None else FAILED
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; wanted a whole number of at least 1")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text}; wanted seconds above 0")
+    return number
 
 
 def _explain(error: BaseException) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 import input_workers as iw
 from input_workers.bench.measure import BATCH, Result, Stopwatch, compare, drain, median_ratio, report
 from input_workers.bench.rechunk import rechunk_in_children, rechunk_small
+from input_workers.bench.scrape import scraped
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -220,6 +221,7 @@ def main(only: str = "") -> int:
         "next_batch_tensorflow": lambda: next_batch("tensorflow", 30),
         "memory": flat_memory,
         "sources": many_sources,
+        "scrape": scraped,
     }
     return report(parts, only)
 

@@ -195,7 +195,7 @@ def fetch_loop(
             if attempt is None:
                 samples.append(now - started)
             else:
-                samples += attempt.durations
+                samples.extend(attempt.durations)
             if len(samples) >= SAMPLES_BEFORE_FOLDING:
                 durations.fold()
                 samples = durations.samples

@@ -9,7 +9,7 @@ from input_workers.config import DIGITS, Config, TestSource
 from input_workers.errors import ConfigError
 from input_workers.jobs.digits import write_digits
 
-__all__ = ["add_source", "batches_in", "last_batch_of", "open_folders"]
+__all__ = ["add_source", "batches_in", "last_batch_of", "open_folders", "without_quarantine"]
 
 
 def open_folders(config: Config) -> dict[str, Any]:
@@ -50,6 +50,12 @@ def batches_in(config: Config, name: str, rows: int, last_batch: str | None = No
     """Return how many batches a folder of so many rows gives in one epoch, if none is skipped."""
     size = (config.train if name == "train" else config.test).batch_size
     return rows // size if (last_batch or last_batch_of(name)) == "drop" else -(-rows // size)
+
+
+def without_quarantine(config: Config) -> Config:
+    """Return a configuration that notes what it skips in no file: that file is the training's."""
+    on_error = config.train.on_error.model_copy(update={"quarantine": None})
+    return config.model_copy(update={"train": config.train.model_copy(update={"on_error": on_error})})
 
 
 def add_source(

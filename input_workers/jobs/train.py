@@ -20,7 +20,7 @@ from input_workers.errors import ConfigError, StateMismatch
 from input_workers.jobs.checkpoint import INPUT, Checkpoint, Checkpoints, job_of
 from input_workers.jobs.streams import add_source, batches_in, open_folders
 
-__all__ = ["Result", "train"]
+__all__ = ["SHOW_SECONDS", "Result", "load_trainer", "open_images", "train"]
 
 # Loss and accuracy are read, and the bar drawn, at most this often: reading them waits for the step.
 SHOW_SECONDS = 0.25
@@ -59,12 +59,7 @@ def train(
         StateMismatch: the checkpoint is of another job, or was changed.
         InputWorkersError: a source broke; an image that cannot be read is named.
     """
-    for package in DEMO_PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"this job needs {package}: pip install input-workers[demo]")
-    folders = open_folders(config)
-    for name, folder in folders.items():
-        console.print(f"{name}: {len(folder):,} images of {len(folder.class_names)} classes in {folder.path}")
+    folders = open_images(config, console)
     with contextlib.ExitStack() as stack:
         checkpoints, begin = None, Checkpoint()
         if resume or config.checkpoint is not None:
@@ -74,12 +69,8 @@ def train(
             console.print(f"no checkpoint in {checkpoints.folder}: beginning at the beginning")
         elif begin.folder is not None:
             console.print(f"resuming in epoch {begin.epoch + 1} after step {begin.step:,}, from {begin.folder}")
-        console.print("loading TensorFlow")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only: its greetings would hide ours
-        from input_workers.jobs.model import Trainer
-
+        trainer = load_trainer(config, folders, console)
         steps = batches_in(config, "train", len(folders["train"]))
-        trainer = Trainer(config.model, len(folders["train"].class_names), steps * config.train.epochs, config.seed)
         coordinator = iw.GlobalCoordinator()
         for name, folder in folders.items():
             add_source(coordinator, trainer.feed, config, name, folder)
@@ -97,6 +88,27 @@ def train(
     result = Result(accuracy, seconds, coordinator.stats())
     _report(console, config, result)
     return result
+
+
+def open_images(config: Config, console: Console) -> dict[str, Any]:
+    """Return the image folders by name, and say what is in them. Raises ConfigError, also where a package is missing."""
+    for package in DEMO_PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"this job needs {package}: pip install input-workers[demo]")
+    folders = open_folders(config)
+    for name, folder in folders.items():
+        console.print(f"{name}: {len(folder):,} images of {len(folder.class_names)} classes in {folder.path}")
+    return folders
+
+
+def load_trainer(config: Config, folders: dict[str, Any], console: Console) -> Any:
+    """Return the Trainer of a configuration, untrained. Raises ConfigError if Keras refuses its model."""
+    console.print("loading TensorFlow")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only: its greetings would hide ours
+    from input_workers.jobs.model import Trainer
+
+    steps = batches_in(config, "train", len(folders["train"])) * config.train.epochs
+    return Trainer(config.model, len(folders["train"].class_names), steps, config.seed)
 
 
 def _load_input(coordinator: iw.GlobalCoordinator, path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 import input_workers as iw
 from input_workers.config import Config
 from input_workers.errors import BadRows, ConfigError
-from input_workers.jobs.streams import add_source, batches_in, open_folders
+from input_workers.jobs.streams import add_source, batches_in, open_folders, without_quarantine
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,8 +68,7 @@ def verify_resume(config: Config, at: Sequence[int], console: Console) -> bool:
     Raises:
         ConfigError: a batch of `at` is not in the training, or a folder does not fit.
     """
-    on_error = config.train.on_error.model_copy(update={"quarantine": None})  # that file is the training's
-    config = config.model_copy(update={"train": config.train.model_copy(update={"on_error": on_error})})
+    config = without_quarantine(config)
     folders = open_folders(config)
     total = batches_in(config, "train", len(folders["train"]), _last_batch(config, "train")) * config.train.epochs
     stops = sorted(set(at))

@@ -37,6 +37,10 @@ OPENMETRICS = "application/openmetrics-text"
 MOST_ERRORS = 50
 OTHER = "other"
 
+NOT_FINITE = {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}
+LABEL_FORMS = ["%s" + "".join(f',{label}="%s"' for label in each.labels[1:]) for each in INSTRUMENTS]
+LABELS = "\0"  # stands for them in the form of a histogram
+
 
 def serve_metrics(
     port: int = 9108,
@@ -196,17 +200,16 @@ class StatsCollector(Collector):
     def text(self, openmetrics: bool) -> str:
         """Return what prometheus_client makes of `collect()`, in a third of its time: a scrape takes it from the trainer."""
         lines: list[list[str]] = [[] for _ in INSTRUMENTS]
-        end = "" if self._rank is None else f',rank="{_escaped(self._rank)}"'
+        rank = "" if self._rank is None else f',rank="{_escaped(self._rank)}"'
         for name, read in self._read():
-            start = f'source="{_escaped(name)}"'
-            for instrument, mine, samples in zip(INSTRUMENTS, lines, read, strict=True):
+            start = f'source="{_escaped(name)}"{rank}'
+            for instrument, form, mine, samples in zip(INSTRUMENTS, LABEL_FORMS, lines, read, strict=True):
                 for labels, value in samples:
-                    pairs = zip(instrument.labels[1:], labels, strict=True)
-                    told = start + "".join([f',{key}="{_escaped(text)}"' for key, text in pairs]) + end
+                    told = form % (start, *map(_escaped, labels))
                     if isinstance(value, HistogramStats):
-                        mine += [f'{instrument.name}_bucket{{{told},le="{le}"}} {count}\n' for le, count in _buckets(value)]
-                        mine.append(f"{instrument.name}_count{{{told}}} {float(value.count)}\n")
-                        mine.append(f"{instrument.name}_sum{{{told}}} {_number(value.seconds)}\n")
+                        text = _histogram_form(instrument.name, value.bounds).replace(LABELS, told.replace("%", "%%"))
+                        totals = [*itertools.accumulate(value.counts)]
+                        mine.append(text % (*totals, totals[-1], _number(value.seconds)))
                     else:
                         mine.append(f"{instrument.name}{{{told}}} {_number(value)}\n")
         for instrument, mine in zip(INSTRUMENTS, lines, strict=True):
@@ -272,26 +275,25 @@ def _text(label: str) -> str:
 
 def _number(value: float) -> str:
     text = repr(float(value))
-    return {"nan": "NaN", "inf": "+Inf", "-inf": "-Inf"}.get(text, text)
+    return NOT_FINITE.get(text, text)
 
 
+@functools.lru_cache(1024)
 def _escaped(label: str) -> str:
-    if label.isalnum() and label.isascii():
-        return label
     return _text(label).replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
 
 
 def _buckets(histogram: HistogramStats) -> list[tuple[str, float]]:
     """Return (upper bound, how many were not above it)."""
-    names = _bounds(histogram.bounds)
-    total = 0
-    buckets = []
-    for name, count in zip(names, histogram.counts, strict=True):
-        total += count
-        buckets.append((name, float(total)))
-    return buckets
+    return list(zip(_bounds(histogram.bounds), itertools.accumulate(map(float, histogram.counts)), strict=True))
+
+
+def _bounds(bounds: tuple[float, ...]) -> list[str]:
+    return [*map(str, bounds), "+Inf"]
 
 
 @functools.lru_cache(8)
-def _bounds(bounds: tuple[float, ...]) -> list[str]:
-    return [*map(str, bounds), "+Inf"]
+def _histogram_form(name: str, bounds: tuple[float, ...]) -> str:
+    """Return the lines of a histogram, with LABELS for its labels and % for its numbers."""
+    buckets = "".join(f'{name}_bucket{{{LABELS},le="{le}"}} %d.0\n' for le in _bounds(bounds))
+    return f"{buckets}{name}_count{{{LABELS}}} %d.0\n{name}_sum{{{LABELS}}} %s\n"

@@ -7,7 +7,8 @@ counters are taken to have risen evenly between the one before and the one after
 from __future__ import annotations
 
 import collections
-from bisect import bisect_right
+import math
+from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
 from input_workers.metrics.snapshot import StageShares, WindowStats
@@ -78,20 +79,21 @@ class Marks:
         """Return the beginning and the end of each window, given a reading of this moment; `depth` of the end is the mean."""
         end = self.last if self.last is not None else now
         first = self.first
-        known = sorted([first, *(mark for mark in self._recent.copy() if first.at < mark.at < end.at), end])
+        known = sorted((first, *self._recent.copy(), end))
+        known = known[bisect_left(known, min(first, end)) : bisect_right(known, max(first, end))]
         found = {name: _between(known, end.at - seconds) for name, seconds in WINDOWS.items()}
         return {**found, "run": _between(known, first.at)}
 
 
 def _between(known: list[Counters], moment: float) -> tuple[Counters, Counters]:
     """Return what was known at a moment, and at the end, with the mean depth since."""
-    depths = [counters.depth for counters in known if counters.at >= moment]
+    depths = [counters.depth for counters in known[bisect_left(known, (moment,)) :]]
     return _at(known, moment), known[-1]._replace(depth=sum(depths) / len(depths))
 
 
 def _at(known: list[Counters], moment: float) -> Counters:
     """Return the counters of a moment, by those known before and after it; the first ones for any earlier moment."""
-    index = bisect_right([counters.at for counters in known], moment)
+    index = bisect_right(known, (moment, math.inf))
     if index == 0:
         return known[0]
     if index == len(known):

@@ -127,7 +127,7 @@ def test_every_family_of_the_table_is_shown_and_no_other():
     assert value(samples(text), "input_workers_fetch_errors_total", source="train", error="OSError") == 1
 
 
-HOSTILE = ['a"b', "a\\b", "a\nb", 'a"} 1\nother{x="', "\\n\\", "é漢🎉", "x" * 10_000, " ", "{}"]
+HOSTILE = ['a"b', "a\\b", "a\nb", 'a"} 1\nother{x="', "\\n\\", "é漢🎉", "x" * 10_000, " ", "{}", "%s %d%%", "\0"]
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
