@@ -10,7 +10,7 @@ import collections
 from bisect import bisect_right
 from typing import NamedTuple
 
-from input_workers.metrics.snapshot import StageShares, WindowStats
+from input_workers.metrics.snapshot import Reading, StageShares, WindowStats
 
 __all__ = ["WINDOWS", "Counters", "Marks", "window_of"]
 
@@ -20,6 +20,10 @@ WINDOWS = {"10s": 10.0, "60s": 60.0}
 # Enough for the longest window, with a reading at most every so often.
 MARK_SECONDS = 1.0
 MARKS_KEPT = 64
+
+# What is drawn of a run: its last five minutes.
+HISTORY_SECONDS = 5.0
+HISTORY_KEPT = 61
 
 
 class Counters(NamedTuple):
@@ -51,6 +55,7 @@ class Marks:
         self._next = first.at + MARK_SECONDS
         self._has_begun = False
         self._recent: collections.deque[Counters] = collections.deque(maxlen=MARKS_KEPT)
+        self._history: collections.deque[Reading] = collections.deque([_reading(first)], HISTORY_KEPT)
 
     def is_due(self, now: float) -> bool:
         """Whether the last reading is old enough, or none was made after the first batch."""
@@ -68,11 +73,24 @@ class Marks:
         elif counters.at >= self._next:
             self._next = counters.at + MARK_SECONDS
             self._recent.append(counters)
+        if counters.at - self._history[-1].at >= HISTORY_SECONDS:
+            self._history.append(_reading(counters))
 
     @property
     def has_begun(self) -> bool:
         """Whether a batch was delivered in this run."""
         return self._has_begun
+
+    def history(self, now: Counters) -> tuple[Reading, ...]:
+        """Return readings of the run, oldest first. Where none was made for long, the last is of some seconds ago at most."""
+        end = _reading(self.last if self.last is not None else now)
+        known = tuple(self._history)
+        last = known[-1]
+        steps = (end.at - last.at) // HISTORY_SECONDS
+        if steps < 1:
+            return known
+        part = steps * HISTORY_SECONDS / (end.at - last.at)
+        return (*known, Reading(*(a + (b - a) * part for a, b in zip(last, end, strict=True))))
 
     def windows(self, now: Counters) -> dict[str, tuple[Counters, Counters]]:
         """Return the beginning and the end of each window, given a reading of this moment; `depth` of the end is the mean."""
@@ -81,6 +99,10 @@ class Marks:
         known = sorted([first, *(mark for mark in self._recent.copy() if first.at < mark.at < end.at), end])
         found = {name: _between(known, end.at - seconds) for name, seconds in WINDOWS.items()}
         return {**found, "run": _between(known, first.at)}
+
+
+def _reading(counters: Counters) -> Reading:
+    return Reading(counters.at, counters.rows_delivered, counters.trainer_wait, counters.depth)
 
 
 def _between(known: list[Counters], moment: float) -> tuple[Counters, Counters]:
