@@ -80,7 +80,7 @@ class Reading(NamedTuple):
     at: float  # seconds, of no meaning but their difference
     rows_delivered: float  # since the source was made
     trainer_wait_seconds: float  # since the source was made, all its trainers together
-    device_queue_depth: float  # batches on the devices, at that moment
+    device_queue_depth: float  # batches on the devices, the mean since the reading before
 
 
 @dataclass(frozen=True, slots=True)

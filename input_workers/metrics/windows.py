@@ -73,8 +73,10 @@ class Marks:
         elif counters.at >= self._next:
             self._next = counters.at + MARK_SECONDS
             self._recent.append(counters)
-        if counters.at - self._history[-1].at >= HISTORY_SECONDS:
-            self._history.append(_reading(counters))
+        since = self._history[-1].at
+        if counters.at - since >= HISTORY_SECONDS:
+            depths = [each.depth for each in self._recent if each.at > since] or [counters.depth]
+            self._history.append(_reading(counters._replace(depth=sum(depths) / len(depths))))
 
     @property
     def has_begun(self) -> bool:

@@ -113,7 +113,7 @@ def test_what_is_drawn_and_tabulated_has_a_name_for_those_who_listen(page, sever
     for role in ("image", "table", "heading", "navigation", "region", "link"):
         assert named.get(role), role
         assert all(named[role]), (role, named[role])
-    assert len(named["image"]) == 9
+    assert len(named["image"]) == 6  # of the two sources that were started
     assert {"Rows per second, up to five minutes", "Trainer waits, up to five minutes"} <= {
         name.split(":")[0] for name in named["image"]
     }
