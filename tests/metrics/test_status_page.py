@@ -69,6 +69,23 @@ def test_what_stats_says_is_on_the_page(page):
         assert [row[:2] for row in skipped] == [[str(*told.rows), told.error] for told in reversed(stats.quarantine)]
 
 
+def test_shares_are_of_the_last_seconds_while_it_runs_and_of_the_run_afterwards(page):
+    coordinator = finished()
+    stats = coordinator["train"].stats()
+    latest = dataclasses.replace(stats.windows["run"], trainer_wait=0.25, feed=0.75)
+    changed = dataclasses.replace(stats, windows={**stats.windows, "10s": latest})
+    coordinator["train"]._core.stats = lambda: changed
+    with iw.serve_metrics(0, coordinator=coordinator) as server:
+        page.open(server)
+        rows = page.rows("Where the time went, of the whole run")
+        assert rows[3][2] == percent(stats.windows["run"].trainer_wait) != "25 %"
+        changed = dataclasses.replace(changed, verdict="fetch")
+        page.await_polls(2)
+        rows = page.rows("Where the time went, last 10 s")
+        assert [rows[2][1], rows[3][2]] == ["75 %", "25 %"]
+        assert page.texts("[data-v=now]")[2] == "25 %"
+
+
 def test_workers_and_charts_of_a_source_that_runs(page, monkeypatch):
     monkeypatch.setattr(windows, "MARK_SECONDS", 0.0)
     monkeypatch.setattr(windows, "HISTORY_SECONDS", 0.0)  # a reading for each batch

@@ -1,5 +1,7 @@
 """The live page for everybody: in the dark, by keyboard, by ear, on a phone; and pictures of it for those who look."""
 
+import dataclasses
+import itertools
 import os
 import pathlib
 
@@ -117,7 +119,7 @@ def test_what_is_drawn_and_tabulated_has_a_name_for_those_who_listen(page, sever
     assert {"Rows per second, up to five minutes", "Trainer waits, up to five minutes"} <= {
         name.split(":")[0] for name in named["image"]
     }
-    assert {"Sources", "Devices", "Workers of train", "Ledger: where the rows went"} <= set(named["table"])
+    assert {"Sources", "Devices and their trainers", "Workers of train", "Ledger: where the rows went"} <= set(named["table"])
     assert sorted(named["region"]) == ["done", "new", "train"]
     assert {"main", "banner", "status"} <= set(named)
     assert named["heading"][0] == "input-workers"
@@ -128,25 +130,31 @@ def test_what_is_drawn_and_tabulated_has_a_name_for_those_who_listen(page, sever
     assert page.js("return document.querySelector('main [role=status], main [aria-live]')") is None
 
 
-def test_what_is_announced_does_not_change_with_numbers(page, coordinator):
-    gate = Gate()
-    handle = register(coordinator, gate)
+def test_what_is_announced_changes_with_the_verdict_and_not_with_numbers(page, coordinator):
+    gate, verdict, rows = Gate(), "fetch", itertools.count()
+    register(coordinator, gate)
     coordinator.start()
+    stats = coordinator["train"].stats()
+    coordinator["train"]._core.stats = lambda: dataclasses.replace(
+        stats, rows_delivered=next(rows), verdict=verdict, verdict_text=f"trainer waits {next(rows)} % of its time"
+    )
     with iw.serve_metrics(0, coordinator=coordinator) as server:
-        for rows in (4, 4):
-            gate.release(rows)
-            handle.next_batch()
         page.open(server)
-        page.js("window.said = []; new MutationObserver(() => said.push(document.querySelector('#now').textContent))"
-                ".observe(document.querySelector('#now'), {subtree: true, childList: true, characterData: true})")  # fmt: skip
-        before, ledger = page.texts("#now li"), page.rows("Ledger")
-        for _ in range(3):
-            gate.release(4)
-            handle.next_batch()
-        await_true(lambda: page.rows("Ledger") != ledger, "the numbers have changed")
-        if page.texts("#now li") == before:  # the verdict is what it was
-            assert page.js("return said") == []
-        gate.open()
+        page.js("""
+            window.said = [];
+            const all = {subtree: true, childList: true, characterData: true, attributes: true};
+            for (const live of document.querySelectorAll("[role=status]"))
+                new MutationObserver(() => said.push(live.textContent)).observe(live, all);""")
+        before = page.text(".verdict"), page.rows("Ledger")
+        page.await_polls(3)
+        assert page.text(".verdict") != before[0]
+        assert page.rows("Ledger") != before[1]
+        assert page.js("return said") == []
+        verdict = "trainer"
+        await_true(lambda: page.texts("#now li") == ["Input is ahead of the trainer: train"], "the verdict has changed")
+        assert page.js("return said") != []
+    del coordinator["train"]._core.stats
+    gate.open()
 
 
 def test_it_is_drawn_for_those_who_look(page, several, tmp_path):
