@@ -271,6 +271,8 @@ class SourceCore:
             verdict_text=latest.verdict_text,
             windows=MappingProxyType(windows),
             fetch_parts=MappingProxyType(parts),
+            workers=MappingProxyType(self.recorder.workers(now)),
+            history=self.recorder.marks.history(self.recorder.read(now)) if run is not None else (),
         )
 
     def _device_stats(self, name: str, now: float) -> DeviceStats:

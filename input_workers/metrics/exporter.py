@@ -52,8 +52,9 @@ def serve_metrics(
 ) -> MetricsServer:
     """Serve the numbers of every source of a coordinator, until the server is closed.
 
-    `/metrics` is for Prometheus. `/healthz` is 200 while every source that was started makes progress, has finished or was
-    stopped by its user; otherwise 503, with the reasons. `/status.json` is all that `stats()` says, of every source.
+    `/` is a live page for people, which needs nothing from elsewhere. `/metrics` is for Prometheus. `/healthz` is 200 while
+    every source that was started makes progress, has finished or was stopped by its user; otherwise 503, with the reasons.
+    `/status.json` is all that `stats()` says, of every source.
 
     Nothing is counted for it: the numbers are read from `stats()` when they are asked for, so it costs nothing between
     scrapes. Sources that are added later appear by themselves. The coordinator is not kept alive by it.

@@ -1,4 +1,4 @@
-"""What is served over HTTP: a request's path goes in, a page comes out. `/metrics`, `/healthz`, `/status.json`."""
+"""What is served over HTTP: a request's path goes in, a page comes out. `/`, `/metrics`, `/healthz`, `/status.json`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from input_workers import __version__
 from input_workers.coordinator.condition import Condition
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator
+from input_workers.metrics.snapshot import Reading
+from input_workers.metrics.status_page import status_page
 
 __all__ = ["Page", "Pages", "ShortMemory"]
 
@@ -35,6 +37,7 @@ class Page(NamedTuple):
     status: str
     content_type: str
     body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 Sources: TypeAlias = "Callable[[], Iterable[DataInputCoordinator]]"
@@ -84,7 +87,10 @@ class Pages:
         self._started = time.monotonic()
         self._metrics = {accept: ShortMemory(make) for accept, make in formats.items()}
         health, status = ShortMemory(self._health), ShortMemory(self._status)
+        html, headers = status_page()
+        live = Page("200 OK", "text/html; charset=utf-8", html, headers)
         self._pages: dict[str, Callable[[str], Page]] = {
+            "/": lambda _: live,
             "/metrics": self._metrics_page,
             "/healthz": lambda _: health.get(),
             "/status.json": lambda _: status.get(),
@@ -106,6 +112,7 @@ class Pages:
             ("Content-Length", str(len(page.body))),
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
+            *page.headers,
         ]
         start_response(page.status, headers)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else [page.body]
@@ -131,7 +138,7 @@ class Pages:
         for source, condition in self._conditions():
             try:
                 stats = source.stats()
-                numbers = {"ledger": stats.ledger, **plain(stats)}
+                numbers = {"ledger": stats.ledger, **plain(stats), "history": _columns(stats.history)}
             except Exception as error:  # the others are shown
                 numbers = {"error": f"its numbers cannot be read: {type(error).__name__}"}
             sources[source.name] = {"state": condition.state, "reason": condition.reason[:MAX_REASON_CHARS], **numbers}
@@ -146,7 +153,7 @@ class Pages:
 
 
 TEXT = "text/plain; charset=utf-8"
-NOT_FOUND = Page("404 Not Found", TEXT, b"there are /metrics, /healthz and /status.json\n")
+NOT_FOUND = Page("404 Not Found", TEXT, b"there are /, /metrics, /healthz and /status.json\n")
 FAILED = Page("500 Internal Server Error", TEXT, b"this page cannot be made; see the log of the trainer\n")
 
 
@@ -164,6 +171,10 @@ def plain(value: Any) -> Any:
         return [plain(each) for each in value[-KEPT_OF_A_LIST:]]
     item = getattr(value, "item", None)  # of NumPy's scalars
     return plain(item()) if callable(item) and getattr(value, "ndim", 1) == 0 else str(value)
+
+
+def _columns(history: Sequence[Reading]) -> dict[str, list[float]]:
+    return {name: [round(reading[index], 3) for reading in history] for index, name in enumerate(Reading._fields)}
 
 
 def _one_line(text: str) -> str:

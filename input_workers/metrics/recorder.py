@@ -11,11 +11,12 @@ import math
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from input_workers.contracts import FetchRequest
 from input_workers.metrics.device_recorder import DeviceRecorder
 from input_workers.metrics.histogram import BUCKETS_SECONDS, SAMPLES_BEFORE_FOLDING, Histogram, PartNames
+from input_workers.metrics.snapshot import WorkerStats
 from input_workers.metrics.windows import Counters, Marks
 
 __all__ = [
@@ -139,6 +140,26 @@ class FetcherRecorder:
         """Count a failed call by the name of its error."""
         self.errors = {**self.errors, name: self.errors.get(name, 0) + 1}  # replaced, so a reader may iterate
 
+    def stats(self, now: float, before: WorkerStats | None) -> WorkerStats:
+        """Return what it does, with the sums of those whose place it took."""
+        request, call_started, blocked_since = self.request, self.call_started, self.blocked[1]
+        rows, errors = (before.rows, before.errors) if before is not None else (0, 0)
+        state: Literal["fetching", "blocked", "idle", "ended"] = "idle"
+        since = math.inf
+        if not self.alive or self.abandoned:
+            state, request = "ended", None
+        elif call_started != math.inf:
+            state, since = "fetching", call_started
+        elif blocked_since != math.inf:
+            state, since = "blocked", blocked_since
+        return WorkerStats(
+            state,
+            max(0.0, now - since) if since != math.inf else 0.0,
+            request.index if request is not None else None,
+            rows + self.rows,
+            errors + sum(self.errors.values()),
+        )
+
     @classmethod
     def merged(cls, recorders: Iterable[FetcherRecorder]) -> FetcherRecorder:
         """Return a recorder of an ended fetcher with the sums of these."""
@@ -214,6 +235,13 @@ class SourceRecorder:
         """Return the recorders of all fetchers that ever were, those of ended runs as one."""
         with self._lock:
             return [self._retired, *self._fetchers]
+
+    def workers(self, now: float) -> dict[int, WorkerStats]:
+        """Return what each worker of this run does, by its id."""
+        found: dict[int, WorkerStats] = {}
+        for recorder in self.fetchers()[1:]:
+            found[recorder.worker_id] = recorder.stats(now, found.get(recorder.worker_id))
+        return found
 
     def retire(self) -> None:
         """Merge what ended fetchers counted into one recorder: runs come and go, memory does not grow."""

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-__all__ = ["DeviceStats", "HistogramStats", "SourceStats", "StageShares", "StopReport", "StuckThread", "WindowStats"]
+__all__ = [
+    "DeviceStats",
+    "HistogramStats",
+    "Reading",
+    "SourceStats",
+    "StageShares",
+    "StopReport",
+    "StuckThread",
+    "WindowStats",
+    "WorkerStats",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,26 @@ class WindowStats:
     verdict_text: str = ""
 
 
+class Reading(NamedTuple):
+    """Sums at one moment of a run: what happened between two is their difference."""
+
+    at: float  # seconds, of no meaning but their difference
+    rows_delivered: float  # since the source was made
+    trainer_wait_seconds: float  # since the source was made, all its trainers together
+    device_queue_depth: float  # batches on the devices, the mean since the reading before
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """What one worker does, and has done since the source was started. The trainer's own thread is worker 0 without others."""
+
+    state: Literal["fetching", "blocked", "idle", "ended"]  # blocked: the queue is full; idle: no data, or a pause
+    seconds: float  # that it has been fetching or blocked for; else 0
+    request: int | None  # of a Stream: what it fetches
+    rows: int
+    errors: int  # failed calls
+
+
 @dataclass(frozen=True, slots=True)
 class SourceStats:
     """A source's numbers since it was made. Counters never fall; rows are rows, not chunks."""
@@ -94,6 +124,8 @@ class SourceStats:
     verdict_text: str = ""  # the verdict in a sentence, with what to do; of a source that was stopped, over the whole run
     windows: Mapping[str, WindowStats] = field(default_factory=dict, repr=False)  # by "10s", "60s" and "run"
     fetch_parts: Mapping[str, HistogramStats] = field(default_factory=dict, repr=False)  # by name, what `timed` measured
+    workers: Mapping[int, WorkerStats] = field(default_factory=dict, repr=False)  # by id; none of a source that was stopped
+    history: tuple[Reading, ...] = field(default=(), repr=False)  # of the last five minutes of the run, five seconds apart
 
     @property
     def ledger(self) -> str:

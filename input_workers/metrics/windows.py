@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from typing import NamedTuple
 
-from input_workers.metrics.snapshot import StageShares, WindowStats
+from input_workers.metrics.snapshot import Reading, StageShares, WindowStats
 
 __all__ = ["WINDOWS", "Counters", "Marks", "window_of"]
 
@@ -21,6 +21,10 @@ WINDOWS = {"10s": 10.0, "60s": 60.0}
 # Enough for the longest window, with a reading at most every so often.
 MARK_SECONDS = 1.0
 MARKS_KEPT = 64
+
+# What is drawn of a run: its last five minutes.
+HISTORY_SECONDS = 5.0
+HISTORY_KEPT = 61
 
 
 class Counters(NamedTuple):
@@ -52,6 +56,7 @@ class Marks:
         self._next = first.at + MARK_SECONDS
         self._has_begun = False
         self._recent: collections.deque[Counters] = collections.deque(maxlen=MARKS_KEPT)
+        self._history: collections.deque[Reading] = collections.deque([_reading(first)], HISTORY_KEPT)
 
     def is_due(self, now: float) -> bool:
         """Whether the last reading is old enough, or none was made after the first batch."""
@@ -69,11 +74,26 @@ class Marks:
         elif counters.at >= self._next:
             self._next = counters.at + MARK_SECONDS
             self._recent.append(counters)
+        since = self._history[-1].at
+        if counters.at - since >= HISTORY_SECONDS:
+            depths = [each.depth for each in self._recent if each.at > since] or [counters.depth]
+            self._history.append(_reading(counters._replace(depth=sum(depths) / len(depths))))
 
     @property
     def has_begun(self) -> bool:
         """Whether a batch was delivered in this run."""
         return self._has_begun
+
+    def history(self, now: Counters) -> tuple[Reading, ...]:
+        """Return readings of the run, oldest first. Where none was made for long, the last is of some seconds ago at most."""
+        end = _reading(self.last if self.last is not None else now)
+        known = tuple(self._history)
+        last = known[-1]
+        steps = (end.at - last.at) // HISTORY_SECONDS
+        if steps < 1:
+            return known
+        part = steps * HISTORY_SECONDS / (end.at - last.at)
+        return (*known, Reading(*(a + (b - a) * part for a, b in zip(last, end, strict=True))))
 
     def windows(self, now: Counters) -> dict[str, tuple[Counters, Counters]]:
         """Return the beginning and the end of each window, given a reading of this moment; `depth` of the end is the mean."""
@@ -83,6 +103,10 @@ class Marks:
         known = known[bisect_left(known, min(first, end)) : bisect_right(known, max(first, end))]
         found = {name: _between(known, end.at - seconds) for name, seconds in WINDOWS.items()}
         return {**found, "run": _between(known, first.at)}
+
+
+def _reading(counters: Counters) -> Reading:
+    return Reading(counters.at, counters.rows_delivered, counters.trainer_wait, counters.depth)
 
 
 def _between(known: list[Counters], moment: float) -> tuple[Counters, Counters]:

@@ -265,7 +265,18 @@ def test_a_client_that_goes_away_leaves_nothing(server, sent):
     fast(server)
 
 
-PATHS = ["/metrics/", "/metricsx", "/Metrics", "/metrics/../metrics", "/", "", "/healthz/", "/status", "/status.json/", "/%00"]
+PATHS = [
+    "/metrics/",
+    "/metricsx",
+    "/Metrics",
+    "/metrics/../metrics",
+    "/index.html",
+    "",
+    "/healthz/",
+    "/status",
+    "/status.json/",
+    "/%00",
+]
 
 
 @pytest.mark.parametrize("path", PATHS)
