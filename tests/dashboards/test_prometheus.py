@@ -88,6 +88,7 @@ CHECKS: dict[str, Callable[[Series], bool]] = {
     "Rows": lambda s: (
         1 < mid(s["slow: delivered"]) < 30
         and 5 < mid(s["healthy: delivered"]) < 150
+        and all(0.5 < mid(s[f"{each}: delivered"]) / mid(s[f"{each}: fetched"]) < 2 for each in ("slow", "healthy"))
         and max(s["failing: fetched"]) > max(s["failing: delivered"]) > 0
     ),
     "Batches by device": lambda s: 0.1 < mid(s["slow: slow"]) < 4 and 0.5 < mid(s["healthy: healthy"]) < 20,
