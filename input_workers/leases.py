@@ -210,7 +210,7 @@ class BlockPool:
         gone: numbers of blocks that were let go; whoever has mapped them may forget them.
     """
 
-    __slots__ = ("_free", "_is_closed", "_lent", "_recent", "gone", "keep", "nbytes")
+    __slots__ = ("_free", "_is_closed", "_lent", "_recent", "_sizes", "gone", "keep", "nbytes")
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
@@ -219,6 +219,7 @@ class BlockPool:
         self._recent: collections.deque[int] = collections.deque(maxlen=RECENT_CHUNKS)
         self._free: collections.deque[Block] = collections.deque()
         self._lent: dict[int, _Lease] = {}
+        self._sizes: dict[int, int] = {}  # by number, of every block that was made and not let go
         self._is_closed = False
 
     def take(self, nbytes: int = 0) -> Block:
@@ -228,7 +229,9 @@ class BlockPool:
             try:
                 block = self._free.pop()
             except IndexError:
-                return Block(wanted)
+                block = Block(wanted)
+                self._sizes[block.number] = block.nbytes
+                return block
             if wanted <= block.nbytes <= 2 * wanted:
                 return block
             self._let_go(block)
@@ -255,8 +258,14 @@ class BlockPool:
         if self._is_closed:  # looked at last: another thread may just do it
             self.close()
 
+    @property
+    def held_nbytes(self) -> int:
+        """The bytes of all its blocks: free, granted to a worker, waiting, or held by the trainer."""
+        return sum(list(self._sizes.values()))
+
     def _let_go(self, block: Block) -> None:
         block.close()
+        self._sizes.pop(block.number, None)
         self.gone.append(block.number)
 
     def _lease_ended(self, lease: _Lease) -> None:

@@ -272,6 +272,11 @@ class Run:
             return "stopped"
         return "running" if self._marks is not None and self._marks.has_begun else "starting"
 
+    @property
+    def block_bytes(self) -> int:
+        """The shared memory of chunks from worker processes; 0 with threads."""
+        return self._fetchers.block_bytes if isinstance(self._fetchers, ProcessFetchers) else 0
+
     def _close_input(self) -> None:
         """No chunk will be taken any more."""
         self.chunks.close()

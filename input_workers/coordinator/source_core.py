@@ -254,6 +254,7 @@ class SourceCore:
             inputs_per_second=sum(device.inputs_per_second for device in devices.values()),
             queue_depth=weight / unit,
             queue_bytes=nbytes,
+            block_bytes=run.block_bytes if run is not None else 0,
             device_queue_depth=sum(device.queue_depth for device in devices.values()),
             fetch_errors=MappingProxyType(total.errors),
             quarantine=self.quarantine.latest,

@@ -83,6 +83,11 @@ class ProcessFetchers:
         self._output.stop(time.monotonic() + UNDO_SECONDS)
         self._on_end()
 
+    @property
+    def block_bytes(self) -> int:
+        """The shared memory of all workers' chunks."""
+        return sum(calls.block_bytes for calls in self._calls.values())
+
     def check_calls(self, now: float) -> float:
         """Never: each thread watches the calls of its worker."""
         return self._threads.check_calls(now)

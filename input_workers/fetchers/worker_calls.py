@@ -65,6 +65,11 @@ class WorkerCalls:
         self._was_killed = False  # the process was, and another is wanted
         self._is_shut_down = False
 
+    @property
+    def block_bytes(self) -> int:
+        """The shared memory of this worker's chunks, wherever they are. Any thread may ask."""
+        return self._pool.held_nbytes
+
     def launch(self) -> None:
         """Start the process. Raises OSError."""
         start = self._settings.start

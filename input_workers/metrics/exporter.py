@@ -23,6 +23,7 @@ from input_workers.metrics.snapshot import HistogramStats
 try:
     from prometheus_client.exposition import choose_encoder
     from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.process_collector import ProcessCollector
     from prometheus_client.registry import Collector
 except ImportError as error:
     raise ConfigError(f"metrics need prometheus_client ({error}); pip install prometheus-client") from error
@@ -52,8 +53,9 @@ def serve_metrics(
 ) -> MetricsServer:
     """Serve the numbers of every source of a coordinator, until the server is closed.
 
-    `/` is a live page for people, which needs nothing from elsewhere. `/metrics` is for Prometheus. `/healthz` is 200 while
-    every source that was started makes progress, has finished or was stopped by its user; otherwise 503, with the reasons.
+    `/` is a live page for people, which needs nothing from elsewhere. `/metrics` is for Prometheus, with the memory and
+    processor time of this process. `/healthz` is 200 while every source that was started makes progress, has finished or
+    was stopped by its user; otherwise 503, with the reasons.
     `/status.json` is all that `stats()` says, of every source.
 
     Nothing is counted for it: the numbers are read from `stats()` when they are asked for, so it costs nothing between
@@ -69,8 +71,8 @@ def serve_metrics(
         coordinator: by default `iw.global_coordinator`.
         rank: of this process, where several on a machine serve on ports of their own: a label `rank` of every metric.
             "auto" reads the environment variable RANK.
-        stalled_after_s: `/healthz` complains of a trainer that asked for a batch so many seconds ago, got none, and none
-            has come since. A trainer that does not ask is not waited for.
+        stalled_after_s: a source is stalled, and `/healthz` complains, if a trainer asked for a batch so many seconds ago,
+            got none, and none has come since. A trainer that does not ask is not waited for.
 
     Returns:
         The server, with `url`, `port` and `close()`; a context manager.
@@ -86,9 +88,10 @@ def serve_metrics(
     if isinstance(stalled_after_s, bool) or not isinstance(stalled_after_s, (int, float)) or not stalled_after_s > 0:
         raise ConfigError(f"stalled_after_s: got {stalled_after_s!r}; wanted seconds above 0 (inf: never)")
     label = _rank(rank)
-    collector = StatsCollector(global_coordinator if coordinator is None else coordinator, label)
+    collector = StatsCollector(global_coordinator if coordinator is None else coordinator, label, stalled_after_s)
+    process = ProcessNumbers(label)
     # The content type is chosen among two, by words of our own: it would repeat what the client wrote.
-    formats = {accept: _page_maker(collector, accept) for accept in (OPENMETRICS, "")}
+    formats = {accept: _page_maker(collector, process, accept) for accept in (OPENMETRICS, "")}
     sock = _listening_socket(host, port)
     try:
         server = HttpServer(Pages(collector.sources, formats, label, stalled_after_s), sock)
@@ -109,9 +112,14 @@ def _rank(rank: int | str | None) -> str | None:
     raise ConfigError(f'rank: got {rank!r}; wanted a number, a text, "auto" or None')
 
 
-def _page_maker(collector: StatsCollector, accept: str) -> Callable[[], Page]:
-    _, content_type = choose_encoder(accept)
-    return lambda: Page("200 OK", content_type, collector.text(accept == OPENMETRICS).encode())
+def _page_maker(collector: StatsCollector, process: ProcessNumbers, accept: str) -> Callable[[], Page]:
+    encode, content_type = choose_encoder(accept)
+
+    def make() -> Page:
+        of_process = encode(process).removesuffix(b"# EOF\n")
+        return Page("200 OK", content_type, of_process + collector.text(accept == OPENMETRICS).encode())
+
+    return make
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:
@@ -161,15 +169,30 @@ class MetricsServer:
         self.close()
 
 
+class ProcessNumbers(Collector):
+    """prometheus_client's numbers of this process, with its rank, if it has one; none where the system has no /proc."""
+
+    def __init__(self, rank: str | None) -> None:
+        self._labels = {} if rank is None else {"rank": rank}
+        self._collector = ProcessCollector(registry=None)
+
+    def collect(self) -> Iterator[Metric]:
+        """Return every family with the samples of this moment."""
+        for family in self._collector.collect():
+            family.samples = [sample._replace(labels=self._labels) for sample in family.samples]
+            yield family
+
+
 class StatsCollector(Collector):
     """Reads the stats of a coordinator's sources, once for each scrape. A source that cannot be read is left out.
 
     It holds the coordinator weakly: one that nobody else holds is gone, and its sources with it.
     """
 
-    def __init__(self, coordinator: GlobalCoordinator, rank: str | None = None) -> None:
+    def __init__(self, coordinator: GlobalCoordinator, rank: str | None = None, stalled_after_s: float = 60.0) -> None:
         self._coordinator = weakref.ref(coordinator)
         self._rank = rank
+        self._stalled_after_s = stalled_after_s
         self._unreadable: set[str] = set()
         self._errors: dict[str, set[str]] = {}  # by source: the first MOST_ERRORS
 
@@ -233,7 +256,8 @@ class StatsCollector(Collector):
         """Return the samples of every family, in order; nothing if they cannot be read."""
         try:
             stats = source.stats()
-            samples = [list(instrument.read(stats)) for instrument in INSTRUMENTS]
+            state = source.condition(self._stalled_after_s).state
+            samples = [list(instrument.read(stats, state)) for instrument in INSTRUMENTS]
         except Exception:
             if source.name not in self._unreadable:  # once, not at every scrape
                 log.exception("source %r: its numbers cannot be read, and are left out", source.name)

@@ -1,5 +1,5 @@
 """The one table of metric names: a source's numbers go in, samples with their labels come out. Dashboards are checked
-against it."""
+against it. (Beside it are served prometheus_client's numbers of the process, `process_...`.)"""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Literal, TypeAlias
 from input_workers.metrics.snapshot import HistogramStats, SourceStats
 from input_workers.metrics.verdict import VERDICTS
 
-__all__ = ["INSTRUMENTS", "Instrument"]
+__all__ = ["INSTRUMENTS", "STATES", "Instrument"]
+
+# The words of a source's condition, as /healthz has them.
+STATES = ("new", "running", "finished", "stopped", "failed", "stalled")
 
 # The values of the labels after `source`, and the number.
 Sample: TypeAlias = "tuple[tuple[str, ...], float | HistogramStats]"
@@ -25,23 +28,23 @@ class Instrument:
         kind: what may be asked of it.
         text: its help line.
         labels: `source` first. `device` is a key of `SourceStats.devices`; "" where a sample is not about a device.
-        read: returns the samples of a source.
+        read: returns the samples of a source, from its stats and the word for its condition, of STATES.
     """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     text: str
     labels: tuple[str, ...]
-    read: Callable[[SourceStats], Iterable[Sample]]
+    read: Callable[[SourceStats, str], Iterable[Sample]]
 
 
-def _queue_depth(stats: SourceStats) -> Iterable[Sample]:
+def _queue_depth(stats: SourceStats, _: str) -> Iterable[Sample]:
     yield ("chunks", ""), stats.queue_depth
     for name, device in stats.devices.items():
         yield ("device", name), device.queue_depth
 
 
-def _stage_share(stats: SourceStats) -> Iterable[Sample]:
+def _stage_share(stats: SourceStats, _: str) -> Iterable[Sample]:
     window = stats.windows["10s"]
     yield ("trainer", "starved"), window.trainer_wait
     for stage, shares in (("fetchers", window.fetchers), ("enqueuer", window.enqueuer)):
@@ -57,35 +60,35 @@ INSTRUMENTS = (
         "counter",
         "Rows of valid chunks that the fetch function returned.",
         ("source",),
-        lambda stats: [((), stats.rows_fetched)],
+        lambda stats, _: [((), stats.rows_fetched)],
     ),
     Instrument(
         "input_workers_rows_delivered_total",
         "counter",
         "Rows that the trainer got.",
         ("source", "device"),
-        lambda stats: [((name,), device.rows_delivered) for name, device in stats.devices.items()],
+        lambda stats, _: [((name,), device.rows_delivered) for name, device in stats.devices.items()],
     ),
     Instrument(
         "input_workers_rows_dropped_total",
         "counter",
         "Rows that were fetched and will not be delivered, by reason.",
         ("source", "reason"),
-        lambda stats: [((reason,), rows) for reason, rows in stats.rows_dropped.items()],
+        lambda stats, _: [((reason,), rows) for reason, rows in stats.rows_dropped.items()],
     ),
     Instrument(
         "input_workers_batches_total",
         "counter",
         "Batches that the trainer got.",
         ("source", "device"),
-        lambda stats: [((name,), device.batches_delivered) for name, device in stats.devices.items()],
+        lambda stats, _: [((name,), device.batches_delivered) for name, device in stats.devices.items()],
     ),
     Instrument(
         "input_workers_inputs_per_second",
         "gauge",
         "Rows delivered a second, over the last ten seconds.",
         ("source", "device"),
-        lambda stats: [((name,), device.inputs_per_second) for name, device in stats.devices.items()],
+        lambda stats, _: [((name,), device.inputs_per_second) for name, device in stats.devices.items()],
     ),
     Instrument(
         "input_workers_queue_depth",
@@ -100,63 +103,70 @@ INSTRUMENTS = (
         "gauge",
         "Bytes that wait between fetchers and enqueuer.",
         ("source",),
-        lambda stats: [((), stats.queue_bytes)],
+        lambda stats, _: [((), stats.queue_bytes)],
+    ),
+    Instrument(
+        "input_workers_block_bytes",
+        "gauge",
+        "Shared memory of chunks from worker processes: free, being filled, waiting, or held by the trainer.",
+        ("source",),
+        lambda stats, _: [((), stats.block_bytes)],
     ),
     Instrument(
         "input_workers_fetch_seconds",
         "histogram",
         "Duration of the calls of the fetch function.",
         ("source",),
-        lambda stats: [((), stats.fetch)],
+        lambda stats, _: [((), stats.fetch)],
     ),
     Instrument(
         "input_workers_enqueue_seconds",
         "histogram",
         "Filling a slot and sending it to the device, by batch.",
         ("source", "device"),
-        lambda stats: [((name,), device.send) for name, device in stats.devices.items()],
+        lambda stats, _: [((name,), device.send) for name, device in stats.devices.items()],
     ),
     Instrument(
         "input_workers_consumer_wait_seconds_total",
         "counter",
         "Seconds that the trainer waited for a batch.",
         ("source", "device"),
-        lambda stats: [((name,), device.wait_seconds) for name, device in stats.devices.items()],
+        lambda stats, _: [((name,), device.wait_seconds) for name, device in stats.devices.items()],
     ),
     Instrument(
         "input_workers_fetcher_blocked_seconds_total",
         "counter",
         "Seconds that fetchers waited because the queue was full, all fetchers together: input is ahead.",
         ("source",),
-        lambda stats: [((), stats.fetcher_blocked_seconds)],
+        lambda stats, _: [((), stats.fetcher_blocked_seconds)],
     ),
     Instrument(
         "input_workers_fetch_errors_total",
         "counter",
         "Calls of the fetch function that failed, by the error's type.",
         ("source", "error"),
-        lambda stats: [((error,), count) for error, count in stats.fetch_errors.items()],
+        lambda stats, _: [((error,), count) for error, count in stats.fetch_errors.items()],
     ),
     Instrument(
         "input_workers_fetchers",
         "gauge",
         "Fetchers, by state.",
         ("source", "state"),
-        lambda stats: [(("alive",), stats.fetchers_alive)],
+        lambda stats, _: [(("alive",), stats.fetchers_alive)],
     ),
     Instrument(
         "input_workers_fetcher_restarts_total",
         "counter",
         "Fetchers that died or hung and were started again.",
         ("source",),
-        lambda stats: [((), stats.fetcher_restarts)],
+        lambda stats, _: [((), stats.fetcher_restarts)],
     ),
     Instrument(
         "input_workers_fetch_part_seconds",
         "histogram",
         "Duration of the parts of the fetch function that it has timed.",
         ("source", "part"),
-        lambda stats: [((name,), part) for name, part in stats.fetch_parts.items()],
+        lambda stats, _: [((name,), part) for name, part in stats.fetch_parts.items()],
     ),
     Instrument(
         "input_workers_stage_share",
@@ -171,6 +181,14 @@ INSTRUMENTS = (
         "gauge",
         "1 for who is the bottleneck now: trainer (input is ahead), fetch, enqueue or feed; or starting, stopped.",
         ("source", "verdict"),
-        lambda stats: [((verdict,), float(verdict == stats.verdict)) for verdict in VERDICTS],
+        lambda stats, _: [((verdict,), float(verdict == stats.verdict)) for verdict in VERDICTS],
+    ),
+    Instrument(
+        "input_workers_state",
+        "gauge",
+        "1 for how a source fares: new, running, finished, stopped; failed or stalled (a trainer waits, and nothing comes), "
+        "of which /healthz complains.",
+        ("source", "state"),
+        lambda _, state: [((each,), float(each == state)) for each in STATES],
     ),
 )

@@ -107,6 +107,7 @@ class SourceStats:
     inputs_per_second: float  # rows delivered a second, over the last ten
     queue_depth: float  # batches' worth of rows that wait for the enqueuer: 0 means that fetching is the bottleneck
     queue_bytes: int
+    block_bytes: int  # shared memory of chunks from worker processes: free, being filled, waiting, or held by the trainer
     device_queue_depth: int  # batches on the devices: 0 means that the trainer waits
     fetch_errors: Mapping[str, int]  # by the error's type
     quarantine: tuple[Any, ...]

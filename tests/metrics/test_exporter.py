@@ -1,6 +1,7 @@
 """The exporter: what a scrape shows is what stats() says, whatever clients and sources do."""
 
 import itertools
+import mmap
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import urllib.error
 import urllib.request
 
 import numpy as np
+import psutil
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
@@ -25,6 +27,7 @@ DESIGNED = {  # the names other programs rely on
     "input_workers_inputs_per_second": {"source", "device"},
     "input_workers_queue_depth": {"source", "queue", "device"},
     "input_workers_queue_bytes": {"source"},
+    "input_workers_block_bytes": {"source"},
     "input_workers_fetch_seconds": {"source"},
     "input_workers_enqueue_seconds": {"source", "device"},
     "input_workers_consumer_wait_seconds_total": {"source", "device"},
@@ -35,6 +38,15 @@ DESIGNED = {  # the names other programs rely on
     "input_workers_fetch_part_seconds": {"source", "part"},
     "input_workers_stage_share": {"source", "stage", "state"},
     "input_workers_verdict": {"source", "verdict"},
+    "input_workers_state": {"source", "state"},
+}
+OF_PROCESS = {
+    "process_cpu_seconds_total",
+    "process_max_fds",
+    "process_open_fds",
+    "process_resident_memory_bytes",
+    "process_start_time_seconds",
+    "process_virtual_memory_bytes",
 }
 
 
@@ -55,7 +67,10 @@ def scrape(server, accept=""):
 
 def samples(text):
     return {
-        (sample.name, frozenset(sample.labels.items())): sample.value for family in parse(text) for sample in family.samples
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in parse(text)
+        for sample in family.samples
+        if sample.name not in OF_PROCESS
     }
 
 
@@ -123,8 +138,33 @@ def test_every_family_of_the_table_is_shown_and_no_other():
     wanted = set()
     for each in INSTRUMENTS:
         wanted |= {f"{each.name}{end}" for end in ("_bucket", "_count", "_sum")} if each.kind == "histogram" else {each.name}
-    assert shown == wanted
+    assert shown == wanted | OF_PROCESS
     assert value(samples(text), "input_workers_fetch_errors_total", source="train", error="OSError") == 1
+
+
+def test_the_memory_of_the_process_is_shown():
+    with iw.serve_metrics(0, coordinator=iw.GlobalCoordinator()) as server:
+        families = {family.name: family for family in parse(scrape(server))}
+    (resident,) = families["process_resident_memory_bytes"].samples
+    assert resident.value == pytest.approx(psutil.Process().memory_info().rss, rel=0.5)
+    assert families["process_cpu_seconds"].type == "counter"
+
+
+def test_the_shared_memory_of_worker_processes_is_shown_until_it_is_let_go():
+    coordinator = iw.GlobalCoordinator()
+    stream = iw.Stream(iw.sources.Arrays(np.zeros((40, 25_000), np.float32)), rows_per_request=4)  # 400 KB a chunk
+    iw.init_data_input_workers("numpy", ["data"], stream, 4, 1, fetchers="process", coordinator=coordinator)
+    with iw.serve_metrics(0, coordinator=coordinator) as server:
+        assert value(samples(scrape(server)), "input_workers_block_bytes", source="train") == 0
+        with coordinator:
+            batch = coordinator["train"].next_batch(60.0)
+            held = value(samples(scrape(server)), "input_workers_block_bytes", source="train")
+            assert 400_000 <= held <= 400_000 * 40
+        after = value(samples(scrape(server)), "input_workers_block_bytes", source="train")
+        assert after == -(-400_000 // mmap.PAGESIZE) * mmap.PAGESIZE  # the block that the trainer holds
+        assert batch.data.nbytes == 400_000
+        del batch
+        assert value(samples(scrape(server)), "input_workers_block_bytes", source="train") == 0
 
 
 HOSTILE = ['a"b', "a\\b", "a\nb", 'a"} 1\nother{x="', "\\n\\", "é漢🎉", "x" * 10_000, " ", "{}", "%s %d%%", "\0"]
@@ -149,7 +189,8 @@ def test_openmetrics_is_spoken_to_those_who_ask_for_it():
     coordinator = source(iw.GlobalCoordinator())
     with iw.serve_metrics(0, coordinator=coordinator) as server:
         text = scrape(server, "application/openmetrics-text; version=1.0.0")
-    assert {family.name for family in parse_openmetrics(text)} == {each.name.removesuffix("_total") for each in INSTRUMENTS}
+    wanted = {name.removesuffix("_total") for name in OF_PROCESS | {each.name for each in INSTRUMENTS}}
+    assert {family.name for family in parse_openmetrics(text)} == wanted
 
 
 def test_a_source_whose_stats_raise_does_not_hide_the_others(caplog):

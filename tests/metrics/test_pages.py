@@ -9,6 +9,7 @@ import threading
 import time
 import types
 import weakref
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 import input_workers as iw
+from input_workers.coordinator.condition import Condition
 from input_workers.metrics import pages as pages_module
 from input_workers.metrics.exporter import StatsCollector
-from input_workers.metrics.instruments import INSTRUMENTS
+from input_workers.metrics.instruments import INSTRUMENTS, STATES
 from input_workers.metrics.pages import Page, ShortMemory, plain
 
 SOON = 0.001  # seconds after which a trainer that waits is a case for the doctor
@@ -43,7 +45,20 @@ def status(server):
 
 
 def samples(text):
-    return [sample for family in parse(text) for sample in family.samples]
+    """Those of sources."""
+    families = [family for family in parse(text) if not family.name.startswith("process_")]
+    return [sample for family in families for sample in family.samples]
+
+
+def state(server, name="train"):
+    """Return the state of a source, of which /status.json and the metrics say the same."""
+    told = [sample for sample in samples(get(server)[1]) if sample.name == "input_workers_state"]
+    mine = {sample.labels["state"]: sample.value for sample in told if sample.labels["source"] == name}
+    assert tuple(mine) == STATES == get_args(get_type_hints(Condition)["state"])
+    assert sorted(mine.values()) == [0, 0, 0, 0, 0, 1]
+    shown = status(server)["sources"][name]["state"]
+    assert mine[shown] == 1
+    return shown
 
 
 def numbers(families):
@@ -61,11 +76,11 @@ def numbers(families):
 def test_a_source_that_was_never_started_is_healthy_and_so_is_one_that_was_stopped_or_has_finished():
     coordinator = source(iw.GlobalCoordinator())
     with iw.serve_metrics(0, coordinator=coordinator, stalled_after_s=SOON) as server:
-        assert (health(server), status(server)["sources"]["train"]["state"]) == ("ok\n", "new")
+        assert (health(server), state(server)) == ("ok\n", "new")
         with coordinator:
             assert len(list(coordinator["train"])) == 1000 // 8
-            assert (health(server), status(server)["sources"]["train"]["state"]) == ("ok\n", "finished")
-        assert (health(server), status(server)["sources"]["train"]["state"]) == ("ok\n", "stopped")
+            assert (health(server), state(server)) == ("ok\n", "finished")
+        assert (health(server), state(server)) == ("ok\n", "stopped")
 
 
 def test_a_trainer_that_does_not_ask_is_not_waited_for():
@@ -73,7 +88,7 @@ def test_a_trainer_that_does_not_ask_is_not_waited_for():
     with coordinator, iw.serve_metrics(0, coordinator=coordinator, stalled_after_s=SOON) as server:
         coordinator["train"].next_batch()
         await_true(lambda: coordinator["train"].stats().device_queue_depth > 0, "a batch that nobody asks for")
-        assert (health(server), status(server)["sources"]["train"]["state"]) == ("ok\n", "running")
+        assert (health(server), state(server)) == ("ok\n", "running")
 
 
 def test_a_trainer_that_waits_in_vain_is_a_reason_until_a_batch_comes(coordinator):
@@ -105,7 +120,8 @@ def test_a_trainer_that_polls_waits_too_and_one_with_time_is_patient(coordinator
             with pytest.raises(iw.WaitTimeout):
                 handle.next_batch(SOON)
         assert "stalled" in health(server)
-        assert health(patient) == "ok\n"
+        assert state(server) == "stalled"
+        assert (health(patient), state(patient)) == ("ok\n", "running")
         gate.release(4)
         await_true(lambda: health(server) == "ok\n", "a batch has come, whether or not it is taken")
         gate.open()
@@ -138,6 +154,7 @@ def test_a_source_that_broke_is_named_until_it_is_started_again(coordinator):
         for _ in range(2):
             text = health(server)
             assert text.startswith("bro ken: failed: ")
+            assert state(server, "bro\nken") == "failed"
             assert "whole" not in text
             assert text.count("\n") == 1
             assert len(text) <= pages_module.MAX_REASON_CHARS + 1
@@ -217,8 +234,8 @@ def test_the_rank_is_a_label_of_every_metric(monkeypatch, rank, label):
     monkeypatch.setenv("RANK", "12")
     coordinator = source(iw.GlobalCoordinator())
     with iw.serve_metrics(0, coordinator=coordinator, rank=rank) as server:
-        found = samples(get(server)[1])
-    assert found
+        found = [sample for family in parse(get(server)[1]) for sample in family.samples]
+    assert {sample.name for sample in found} >= {"process_open_fds", "input_workers_queue_bytes"}
     assert {sample.labels["rank"] for sample in found} == {label}
 
 
