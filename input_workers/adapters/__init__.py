@@ -6,15 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from input_workers.adapters import dataflow
+    from input_workers.adapters.background_generator import BackgroundGenerator
     from input_workers.adapters.producer_pool import ProducerPool
 
-__all__ = ["ProducerPool"]
+__all__ = ["BackgroundGenerator", "ProducerPool", "dataflow"]
 
 # Loaded when they are used.
-_MODULES = {"ProducerPool": "producer_pool"}
+_MODULES = {"BackgroundGenerator": "background_generator", "ProducerPool": "producer_pool"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(f"input_workers.adapters.{_MODULES[name]}"), name)
+    if name == "dataflow":
+        return importlib.import_module("input_workers.adapters.dataflow")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
