@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from input_workers.adapters import dataflow
+    import input_workers.adapters.dataflow as dataflow
     from input_workers.adapters.background_generator import BackgroundGenerator
     from input_workers.adapters.producer_pool import ProducerPool
 

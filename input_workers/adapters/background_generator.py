@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 class ItemQueue(Protocol):
-    """What `queue=` must have, as `queue.Queue`, `LifoQueue`, `PriorityQueue` and `SimpleQueue` do."""
+    """What `queue=` must have, as all of the module queue do."""
 
     def put_nowait(self, item: Any, /) -> None:
         """Add an item, or raise `queue.Full`."""
@@ -270,8 +270,8 @@ class BackgroundGenerator(Generic[Item]):
 
     There is one stream and one iterator: `iterator()` returns the same object as long as somebody holds it. When nobody
     does, or its `close()` was called, the threads end: those that wait for room at once, the others when their generator
-    next yields. A generator's `close` is called in its own thread. What it raises then goes to `threading.excepthook`.
-    A program that ends waits up to 5 s for generators to yield; threads do not hold it up beyond that.
+    next yields. A generator's `close` is called in its own thread; what it raises then goes to `threading.excepthook`.
+    A program that ends waits for generators to yield, up to 5 s.
 
     Thread-safe. In a forked process reading is LifecycleError.
 

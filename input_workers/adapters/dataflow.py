@@ -1,4 +1,4 @@
-"""A tensorpack DataFlow goes in, a fetch function comes out; or a source goes in, and a DataFlow comes out.
+"""A tensorpack DataFlow goes in, a fetch function comes out; and the other way round, in source_dataflow.
 
 A DataFlow is any object with `reset_state()` and `__iter__()`; tensorpack itself is not needed.
 """
@@ -11,12 +11,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from input_workers.coordinator.data_input_coordinator import DataInputCoordinator, DeviceInput
-from input_workers.errors import ConfigError, EndOfData, SpecMismatch
+from input_workers.adapters.source_dataflow import SourceDataFlow
+from input_workers.errors import ConfigError, EndOfData, InputWorkersError, SpecMismatch
 from input_workers.sources.columns import Column, make_columns
 from input_workers.sources.generators import Generators
-from input_workers.sources.mix import Mix
-from input_workers.sources.stream import Stream, check_whole
+from input_workers.sources.stream import check_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,8 +119,8 @@ class DataPoints:
     Where a DataFlow or function raises, or a DataFlow ends, what the call had gathered is delivered first.
     """
 
-    # Invariant under _lock: `_flows`, `_late` and `_read` have what each worker has made. The rest is the running call's.
-    # `_turn` holds one token: whoever has it may read a shared DataFlow.
+    # Invariant under _lock: `_count`, `_flows` and `_late` have what each worker has made. `_turn` holds one token: whoever
+    # has it may read a shared DataFlow, and owns `_told` (the workers that know of its end), `_is_at_end` and `_broken`.
 
     def __init__(
         self,
@@ -148,15 +147,18 @@ class DataPoints:
         self._lock = threading.Lock()
         self._flows: dict[int, DataFlow] = {}
         self._late: dict[int, Exception] = {}  # what a worker's next call raises
-        self._read: dict[int, int] = {}  # data points that each worker has read, for messages
-        self._points: Generators = Generators(self._iterate)
+        self._count: dict[int, int] = {}  # data points that were read, for messages
+        self._points = Generators(self._iterate)
         self._turn: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._turn.put(None)
+        self._told: set[int] = set()
+        self._is_at_end = False
+        self._broken: Exception | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._shared:
             raise ConfigError(
-                f"{self._owner}: workers share one DataFlow, which processes cannot; wanted fetchers='thread', or dataflow.fetch"
+                f"{self._owner}: workers share one DataFlow, and processes cannot; wanted fetchers='thread', or dataflow.fetch"
             )
         own = (self._owner, self._df, self._function, self._columns, False, self._batched, self._rows, True)
         return DataPoints, own
@@ -195,24 +197,49 @@ class DataPoints:
                 self._late[worker_id] = error
         return [column.filled()[:rows] for column in columns]
 
+    def close(self) -> None:
+        """Close all iterators; later calls begin anew, without another `reset_state`. While nobody calls it."""
+        self._points.close()
+        self._told, self._is_at_end, self._broken = set(), False, None
+        with self._lock:
+            self._late.clear()
+
     def _next(self, worker_id: int) -> tuple[int, Sequence[Any]]:
         """Return the number of a data point, counted by its reader, and its components."""
-        reader = 0 if self._shared else worker_id
         while True:
-            if self._shared:
-                self._turn.get()
-            try:
-                point: Any = self._points(reader, 1)
-                with self._lock:
-                    number = self._read[reader] = self._read.get(reader, -1) + 1
-            finally:
-                if self._shared:
-                    self._turn.put(None)
+            number, point = self._read_shared(worker_id) if self._shared else self._read(worker_id)
             if self._function is not None:
                 point = self._function(point)
                 if point is None:
                     continue
             return number, self._components(number, point)
+
+    def _read(self, reader: int) -> tuple[int, Any]:
+        point: Any = self._points(reader, 1)
+        with self._lock:
+            number = self._count[reader] = self._count.get(reader, -1) + 1
+        return number, point
+
+    def _read_shared(self, worker_id: int) -> tuple[int, Any]:
+        """Read in the name of all workers, when it is this one's turn. An end or an error is everybody's."""
+        self._turn.get()
+        try:
+            if worker_id in self._told:  # it asks again after the end: a new run
+                self._told, self._is_at_end = set(), False
+            if self._is_at_end:
+                raise EndOfData(f"{self._owner}: the DataFlow has ended")
+            return self._read(0)
+        except EndOfData:
+            self._is_at_end = True
+            self._told.add(worker_id)
+            raise
+        except Exception as error:
+            if self._broken is not None and type(error) is InputWorkersError:  # ended, because it had raised
+                raise self._broken from None
+            self._broken = error
+            raise
+        finally:
+            self._turn.put(None)
 
     def _iterate(self, worker_id: int) -> Iterator[Any]:
         """Return a new iterator over a worker's DataFlow, which is made first if this is its first."""
@@ -240,7 +267,7 @@ class DataPoints:
             return copy.deepcopy(self._df)
         except Exception as error:  # foreign code: whatever in it cannot be copied
             raise ConfigError(
-                f"{self._owner}: the {type(self._df).__qualname__} cannot be copied for worker {worker_id}; wanted one on which "
+                f"{self._owner}: the {type(self._df).__qualname__} cannot be copied for worker {worker_id}; wanted one whose "
                 "reset_state() was not called yet, or a function that makes one: fetch(lambda worker_id: ...)"
             ) from error
 
@@ -268,107 +295,3 @@ class DataPoints:
                 f"{self._owner}, data point {number}: got {got} components; wanted {wanted}: component {min(got, wanted)} is "
                 f"{'missing' if got < wanted else 'one too many'}"
             )
-
-
-class SourceDataFlow:
-    """A started source as a DataFlow: data points are its batches, as lists of arrays, or its rows.
-
-        df = SourceDataFlow(coordinator["train"], rows=True)
-        for image, label in df: ...                      # or any DataFlow over it, such as BatchData(df, 32)
-
-    Each `iter` reads one epoch where the source is a Stream with `epoch_end="break"`, and else until its data end. It goes on
-    where the one before has stopped. One that begins when all data have ended raises EndOfData, lest who repeats a
-    DataFlow that is empty never comes back.
-
-    `reset_state` may be called any number of times and does nothing: the coordinator starts and stops its source, and has to
-    live as long as this is used. It is no parent for a fork: in one, reading is LifecycleError. So of tensorpack's runners,
-    those that fork cannot run over it, and threads need not. Thread-safe: each batch goes to one iterator.
-
-    Args:
-        source: `coordinator["train"]`, or one device of it.
-        rows: one row at a time; then components are views of their batch, without the batch axis, and padding is left out.
-    """
-
-    def __init__(self, source: DataInputCoordinator | DeviceInput, rows: bool = False) -> None:
-        if not isinstance(source, (DataInputCoordinator, DeviceInput)):
-            raise ConfigError(f"SourceDataFlow: source: got {type(source).__qualname__}; wanted coordinator['train']")
-        self._source = source
-        self._rows = rows
-        self._begun = False
-
-    def reset_state(self) -> None:
-        """Do nothing: no state is here, and the random numbers of a source are the business of its Stream."""
-
-    def __len__(self) -> int:
-        """Return how many data points an `iter` has, when nothing is skipped and nothing was resumed.
-
-        Raises:
-            NotImplementedError: the source is no Stream, without an end, a Mix, or not rebatched (as tensorpack has it).
-        """
-        settings = self._source._core.settings
-        stream = settings.fetch_fun
-        in_epochs = isinstance(stream, Stream) and stream.epoch_end == "break"
-        if not isinstance(stream, Stream) or isinstance(stream, Mix) or not settings.rebatch:
-            raise NotImplementedError(f"source {settings.name!r} has no known length: it is no rebatched Stream")
-        epochs = 1 if in_epochs else stream.epochs
-        if epochs is None:
-            raise NotImplementedError(f"source {settings.name!r} has no end; epoch_end='break' makes each epoch one")
-        devices = self._source._core.devices
-        if isinstance(self._source, DeviceInput) and len(devices) > 1:
-            raise NotImplementedError(f"source {settings.name!r} deals its batches to {len(devices)} devices")
-        batch_size = self._source._core.devices[next(iter(devices))].batch_size
-        rows = stream.plan(settings.last_batch, settings.batch_axes).regular_rows * epochs
-        if settings.last_batch == "drop":
-            rows -= rows % batch_size
-        return rows if self._rows else -(-rows // batch_size)
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        """Return an iterator over the data points of the next epoch. It raises what the source's `next_batch` does."""
-        return _Epoch(self)
-
-    def _next_batch(self, is_first: bool) -> Any:
-        try:
-            batch = self._source.next_batch()
-        except EndOfData:
-            if is_first and self._begun:
-                raise EndOfData(
-                    f"source {self._source.name!r} has no data left for another `iter`; wanted a Stream with epochs=None and "
-                    "epoch_end='break', or fewer rounds"
-                ) from None
-            self._begun = True
-            raise StopIteration from None
-        self._begun = True
-        return batch
-
-    def _points(self, batch: Any) -> Iterator[list[Any]]:
-        if not self._rows:
-            return iter([list(batch)])
-        settings = self._source._core.settings
-        at = [(slice(None),) * axis for axis in settings.batch_axes]
-        return ([array[(*axis, row)] for axis, array in zip(at, batch, strict=True)] for row in range(batch.valid_rows))
-
-
-class _Epoch:
-    """One pass. An object, because a generator would be at its end after a WaitTimeout."""
-
-    __slots__ = ("_flow", "_is_done", "_is_first", "_points")
-
-    def __init__(self, flow: SourceDataFlow) -> None:
-        self._flow = flow
-        self._points: Iterator[list[Any]] = iter(())
-        self._is_first = True
-        self._is_done = False
-
-    def __iter__(self) -> _Epoch:
-        return self
-
-    def __next__(self) -> list[Any]:
-        while not self._is_done:
-            for point in self._points:
-                return point
-            try:
-                self._points = self._flow._points(self._flow._next_batch(self._is_first))
-            except StopIteration:
-                self._is_done = True
-            self._is_first = False
-        raise StopIteration
