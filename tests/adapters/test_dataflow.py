@@ -155,10 +155,9 @@ def test_a_dataflow_that_fails_is_never_an_end_and_its_error_is_the_cause(
     error = OSError("disk gone")
     source = register(coordinator, way(Certified(50, at={20: error}), rows_per_chunk=8), 1, num_workers=workers)
     coordinator.start()
-    seen = []
+    seen: list[int] = []
     with pytest.raises(iw.FetchFailed) as caught:
-        for batch in source:
-            seen += rows_seen(batch)
+        seen.extend(row for batch in source for row in rows_seen(batch))
     assert isinstance(caught.value.__cause__, OSError)
     if workers == 1:
         assert seen == [*range(20)], "what came before is delivered"
@@ -232,10 +231,9 @@ def test_a_data_point_unlike_the_others_is_an_error_that_names_the_component(
     point, message = WRONG[kind]
     source = register(coordinator, way(Certified(50, at={9: point}), rows_per_chunk=16), 1, num_workers=1)
     coordinator.start()
-    seen = []
+    seen: list[int] = []
     with pytest.raises(iw.FetchFailed) as caught:
-        for batch in source:
-            seen += rows_seen(batch)
+        seen.extend(row for batch in source for row in rows_seen(batch))
     assert seen == [*range(9)]
     with pytest.raises((iw.SpecMismatch, iw.ConfigError), match=message):
         raise caught.value.__cause__  # type: ignore[misc]
@@ -288,7 +286,7 @@ def test_processes_cannot_share_one_dataflow(coordinator: iw.GlobalCoordinator) 
 def test_a_dataflow_that_cannot_be_copied_is_a_config_error_that_knows_what_to_do() -> None:
     df = Certified(10)
     df.at = {0: threading.Lock()}
-    with pytest.raises(iw.ConfigError, match="cannot be copied for worker 3; .* fetch"):
+    with pytest.raises(iw.ConfigError, match=r"cannot be copied for worker 3; .* fetch"):
         dataflow.fetch(df)(3, 1)
     with pytest.raises(iw.ConfigError, match=r"df\(3\) returned int"):
         dataflow.fetch(lambda worker_id: 5)(3, 1)  # type: ignore[arg-type, return-value]
