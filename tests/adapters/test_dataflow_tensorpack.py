@@ -18,6 +18,8 @@ import input_workers as iw
 from input_workers.adapters import dataflow
 from input_workers.adapters.dataflow import SourceDataFlow
 
+IMPORT_SECONDS = 300.0  # worker processes import it too, and TensorFlow with it
+
 pytestmark = pytest.mark.tensorflow  # tensorpack loads it where it is installed
 
 
@@ -33,7 +35,7 @@ def data_points(count: int) -> list[list[Any]]:
 
 
 def read(coordinator: iw.GlobalCoordinator, fetch: Any, **more: Any) -> list[int]:
-    source = register(coordinator, fetch, 7, **{"last_batch": "keep", **more})
+    source = register(coordinator, fetch, 7, **{"last_batch": "keep", "timeout_s": IMPORT_SECONDS, **more})
     coordinator.start()
     return [row for batch in source for row in rows_seen(batch)]
 
@@ -106,13 +108,13 @@ sys.stdout.write("\\nseen " + json.dumps(seen) + "\\n")
 """
 
 
-def test_processes_give_the_distribution_that_its_processes_give(coordinator: iw.GlobalCoordinator, tp: Any) -> None:
-    """Two processes that iterate all of it each, mixed: every data point comes as often, but for what is under way."""
+def test_workers_give_the_distribution_that_its_processes_give(coordinator: iw.GlobalCoordinator, tp: Any) -> None:
+    """Two workers that iterate all of it each, mixed: every data point comes as often, but for what is under way."""
     done = subprocess.run([sys.executable, "-c", RUNNER], capture_output=True, timeout=120, check=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("seen ")]
     theirs = collections.Counter(json.loads(lines[0].removeprefix("seen ")))
     df = tp.RepeatedData(tp.DataFromList(data_points(50), shuffle=True), -1)
-    source = register(coordinator, dataflow.fetch(df), 50, num_workers=2, fetchers="process")
+    source = register(coordinator, dataflow.fetch(df), 50, num_workers=2)
     coordinator.start()
     ours = collections.Counter(row for _, batch in zip(range(4), source, strict=False) for row in rows_seen(batch))
     for counted in (theirs, ours):
