@@ -240,6 +240,23 @@ def test_items_wait_in_the_queue_that_was_given_by_its_order_and_bound() -> None
         list(background.iterator())
 
 
+def test_room_that_a_thread_is_about_to_fill_is_nobody_else_s() -> None:
+    class Slow(queues.Queue[Any]):
+        entered = 0
+        may_go = threading.Event()
+
+        def put_nowait(self, item: Any) -> None:
+            self.entered += 1
+            assert self.may_go.wait(HANG_SECONDS)
+            super().put_nowait(item)
+
+    queue = Slow()
+    background = BackgroundGenerator(lambda: iter(range(3)), 2, 4, queue)
+    await_true(lambda: queue.entered == 2 and background._shared._at_the_door == 2)
+    queue.may_go.set()
+    assert sorted(background.iterator()) == [0] * 4 + [1] * 4 + [2] * 4
+
+
 def test_a_queue_that_others_fill_is_an_error_not_a_hang() -> None:
     class Deceiving(queues.Queue[Any]):
         def qsize(self) -> int:

@@ -175,3 +175,11 @@ def test_a_program_that_ends_is_neither_held_up_nor_aborted(case: str) -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(lines)], capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (3 if "error" in case else 0, b"")
     assert time.monotonic() - started < 40
+
+
+def test_a_program_that_ends_closes_the_generators_first() -> None:
+    body = "try: yield from iter(int, 1)\n    finally: os.write(1, b'closed ')"
+    lines = ["import os", "from input_workers.adapters import BackgroundGenerator", f"def f():\n    {body}"]
+    lines += ["items = BackgroundGenerator(f, 2, 3).iterator(); next(items)"]
+    done = subprocess.run([sys.executable, "-W", "error", "-c", "\n".join(lines)], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"closed " * 3, b"")
