@@ -96,6 +96,23 @@ def test_no_more_items_are_held_than_prefetch_and_one_for_each_thread(queue: que
     assert not alive
 
 
+def test_an_item_that_was_taken_is_held_by_nobody_here() -> None:
+    made, asked, may_end = [], threading.Event(), threading.Event()
+
+    def items() -> Iterator[Item]:
+        box = [Item()]
+        made.append(weakref.ref(box[0]))
+        yield box.pop()
+        asked.set()
+        may_end.wait(HANG_SECONDS)
+
+    reading = BackgroundGenerator(items, 1, 1).iterator()
+    next(reading)
+    assert asked.wait(HANG_SECONDS)
+    assert made[0]() is None
+    may_end.set()
+
+
 def test_the_end_comes_when_the_last_thread_has_ended_not_the_first() -> None:
     turns = Turns()
     background = BackgroundGenerator(turns, 5, 2)
