@@ -308,9 +308,7 @@ class BackgroundGenerator(Generic[Item]):
         for what, value in (("prefetch", prefetch), ("thread_count", thread_count)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"BackgroundGenerator: {what}: got {value!r}; wanted a whole number of at least 1")
-        bound = prefetch
-        if queue is not None:
-            bound = _checked(queue) or prefetch
+        bound = prefetch if queue is None else _checked(queue) or prefetch
         name = f"generator-{getattr(generator, '__name__', type(generator).__qualname__)}"
         self._shared = shared = _Shared(queues.SimpleQueue() if queue is None else queue, bound, name)
         shared.start(_run_with(generator, tuple(args or ()), dict(kwargs or {})), thread_count)
@@ -347,5 +345,4 @@ def _checked(queue: Any) -> int:
         raise ConfigError(f"BackgroundGenerator: queue: got {type(queue).__module__}.{kind}; wanted one of the module queue")
     if queue.qsize():
         raise ConfigError(f"BackgroundGenerator: queue: got a {kind} with {queue.qsize()} items; wanted an empty one")
-    maxsize = getattr(queue, "maxsize", 0)
-    return maxsize if isinstance(maxsize, int) and maxsize > 0 else 0
+    return max(0, getattr(queue, "maxsize", 0))
