@@ -123,10 +123,8 @@ def test_workers_give_the_distribution_that_its_processes_give(coordinator: iw.G
         assert max(counted.values()) - min(counted[number] for number in range(50)) <= 8
 
 
-def test_a_worker_of_its_threads_that_fails_hangs_there_and_is_an_error_here(
-    coordinator: iw.GlobalCoordinator, tp: Any
-) -> None:
-    """There `_recv` waits for a thread that has died; here the error is the cause."""
+def test_a_function_that_fails_in_a_worker_is_an_error_with_its_cause(coordinator: iw.GlobalCoordinator, tp: Any) -> None:
+    """Where its `_recv` waits for a thread that has died."""
 
     def broken(point: Any) -> Any:
         raise OSError("disk gone")
