@@ -6,13 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from input_workers.adapters import dataflow, keras, tf_data
+    from input_workers.adapters.background_generator import BackgroundGenerator
     from input_workers.adapters.producer_pool import ProducerPool
 
-__all__ = ["ProducerPool"]
+__all__ = ["BackgroundGenerator", "ProducerPool", "dataflow", "keras", "tf_data"]
 
-# Loaded when they are used: classes, and modules that need another package.
-_CLASSES = {"ProducerPool": "producer_pool"}
-_MODULES = {"keras", "tf_data"}
+# Loaded when they are used: classes, and modules, some of which need another package.
+_CLASSES = {"BackgroundGenerator": "background_generator", "ProducerPool": "producer_pool"}
+_MODULES = {"dataflow", "keras", "tf_data"}
 
 
 def __getattr__(name: str) -> Any:

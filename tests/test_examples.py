@@ -1,0 +1,34 @@
+"""Every example runs as it is, ends by itself, says one line, and warns of nothing."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import input_workers as iw
+
+EXAMPLES = sorted((pathlib.Path(iw.__file__).parent.parent / "docs" / "examples").glob("*.py"))
+# Examples of others' packages that warn when they are used: what is let pass, as for -W.
+LET_PASS: dict[str, list[str]] = {}
+# What an example must say, where that shows that it did what it promises.
+SAYS = {
+    "background_generator": "200 frames, each once: True",
+    "dataflow": "1000 rows in batches of 64, each once: True",
+}
+
+
+def test_there_are_examples() -> None:
+    assert {path.stem for path in EXAMPLES} >= set(SAYS)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs_as_it_is(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    filters = [part for each in ["error", *LET_PASS.get(path.stem, [])] for part in ("-W", each)]
+    done = subprocess.run([sys.executable, *filters, str(path)], capture_output=True, text=True, timeout=120, check=False,
+                          cwd=tmp_path)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+    assert SAYS.get(path.stem, "") in done.stdout
