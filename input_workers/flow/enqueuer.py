@@ -9,7 +9,7 @@ import math
 import queue
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, TypeAlias
 
 from input_workers.contracts import ArraySpec, Chunk, Slot
 from input_workers.errors import EndOfData, Failure, FeedFailed, InputWorkersError, QueueClosed, SourceFailed
@@ -202,7 +202,10 @@ class Enqueuer:
             if slot is not None:
                 self._chunks.release([None], rows, rows * self._row_nbytes)
                 return device, target, slot
-        return device, target, target.lease(rows)
+        try:
+            return device, target, target.lease(rows)
+        except Exception as error:
+            self._fail(device, f"there is no memory for a slot of {rows} rows, {rows * self._row_nbytes:,} bytes", error)
 
     def _next_target(self) -> tuple[Device, Target]:
         """Return the device whose turn it is, and its target, opened."""
@@ -251,7 +254,8 @@ class Enqueuer:
                 taken = device.send(target, slot)
             except Exception as error:
                 self._recorder.drop("device_error", slot.filled)
-                self._fail(device, f"a batch of {slot.rows} rows could not be sent", error)
+                nbytes = sum(array.nbytes for array in slot.arrays)
+                self._fail(device, f"a batch of {slot.rows} rows, {nbytes:,} bytes, could not be sent", error)
             if taken:
                 now = time.monotonic()
                 recorder = device.queue.recorder
@@ -320,6 +324,6 @@ class Enqueuer:
         except queue.Empty:
             pass
 
-    def _fail(self, device: Device, what: str, error: BaseException) -> None:
+    def _fail(self, device: Device, what: str, error: BaseException) -> NoReturn:
         self._signal.fail(Failure(FeedFailed, f"{device.name}: {what}", error))
         raise _Ended from error

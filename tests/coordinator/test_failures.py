@@ -135,8 +135,6 @@ STREAM = iw.Stream(iw.sources.Arrays(np.arange(4), np.arange(4)))
 NOT_BUILT: dict[str, dict[str, Any]] = {
     "ray": {"fetchers": "ray"},
     "auto": {"num_workers": "auto"},
-    "torch": {"feed": "torch:cpu"},
-    "jax": {"feed": "jax"},
 }
 
 
