@@ -73,7 +73,7 @@ class FeedConformance(SourceConformance):
         feed = self.make_feed()
         specs = [iw.ArraySpec((3,), dtype) for dtype in dtypes]
         feed.open(specs, rows)
-        return feed, SlotPool(specs, [0] * len(specs), rows, keep)
+        return feed, SlotPool(specs, [0] * len(specs), rows, keep, getattr(feed, "slot_memory", None))
 
     def test_is_a_device_feed(self):
         assert isinstance(self.make_feed(), DeviceFeed)

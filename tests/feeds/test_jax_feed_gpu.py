@@ -93,12 +93,18 @@ def test_a_gpu_without_memory_fails_the_source_with_sizes_and_others_go_on():
             part //= 2
     coordinator = iw.GlobalCoordinator()
     rows, small = np.ones((ROWS, ROW), np.float32), np.ones(4, np.float32)
-    iw.init_data_input_workers("jax:gpu:0", ["data"], lambda *_: [rows], ROWS, 1, "large", coordinator=coordinator)
+    numbers = iter(range(10))
+
+    def fetch(worker_id, batch_size):
+        if next(numbers, None) is None:
+            raise iw.EndOfData
+        return [rows]
+
+    iw.init_data_input_workers("jax:gpu:0", ["data"], fetch, ROWS, 1, "large", coordinator=coordinator)
     iw.init_data_input_workers("jax:cpu:0", ["data"], lambda *_: [small], 4, 1, "small", coordinator=coordinator)
     with coordinator:
         with pytest.raises(iw.FeedFailed, match=r"a batch of 64 rows, 33,554,432 bytes, could not be sent") as caught:
-            for _ in range(10):
-                coordinator["large"].next_batch()
+            list(coordinator["large"])
         with pytest.raises(iw.FeedFailed, match=r"is out of memory: wanted 33,554,432 bytes .* bytes are free"):
             raise caught.value.__cause__
         assert coordinator["large"].stats().rows_dropped["device_error"] == ROWS
