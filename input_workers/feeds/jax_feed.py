@@ -43,8 +43,8 @@ class JaxFeed:
         self._is_sharded = isinstance(where, jax.sharding.Sharding)
         devices = list(getattr(where, "addressable_devices", [where or _default_device()]))
         self._device = devices[0]
-        self._on_host = all(device.platform == "cpu" for device in devices)
-        self.chunk_alignment: int | None = ALIGNMENT_BYTES if self._on_host else None
+        on_host = all(device.platform == "cpu" for device in devices)
+        self.chunk_alignment: int | None = ALIGNMENT_BYTES if on_host else None
         self._on_its_way: list[weakref.ref[jax.Array]] = []
 
     def open(self, specs: Sequence[ArraySpec], batch_size: int) -> None:
@@ -65,9 +65,8 @@ class JaxFeed:
         """
         try:
             arrays = self._put(slot)
-            if not self._on_host:
-                _await(self._on_its_way)
-                self._on_its_way = [weakref.ref(array) for array in arrays]
+            _await(self._on_its_way)
+            self._on_its_way = [weakref.ref(array) for array in arrays]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -1,5 +1,11 @@
 """The JAX feed: memory of the host without a copy, never another dtype, over one device or several."""
 
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from feeds.feed_conformance import filled, rows_of
@@ -59,6 +65,9 @@ class TestJaxOnOneDevice(JaxConformance):
         assert array.is_deleted()
         assert kept.tolist() == wanted.tolist()
         assert np.asarray(result).tolist() == (wanted + 1).tolist()
+        (other,) = feed.receive(feed.send(slot))  # which looks whether the one before has arrived
+        assert feed.is_ready([other.block_until_ready()])
+        feed.close()
 
     @pytest.mark.parametrize("dtype", [">f4", ">i8", "U3", "S7", "M8[s]", "longdouble", "V4"])
     def test_a_dtype_that_jax_lacks_is_refused_and_never_cast(self, dtype):
@@ -175,3 +184,28 @@ def test_a_device_that_is_not_there_is_an_error_at_start_which_lists_those_that_
     with pytest.raises(iw.ConfigError, match=rf"'jax:{device}'.*wanted one of .*'jax:cpu:0'.*'jax:cpu:3'"):
         coordinator.start()
     assert coordinator.stats()["train"].fetchers_alive == 0
+
+
+def test_processes_that_train_together_each_bring_their_rows():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    child = pathlib.Path(__file__).with_name("jax_process.py")
+    command = [sys.executable, "-W", "error", str(child)]
+    root = pathlib.Path(iw.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [*command, str(number), "2", address], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for number in range(2)
+    ]
+    try:
+        for each in both:
+            output, _ = each.communicate(timeout=120)
+            assert output.splitlines()[-1:] == ["fine"], output
+    finally:
+        for each in both:
+            each.kill()
+            each.wait()
+            each.stdout.close()
