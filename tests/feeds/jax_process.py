@@ -34,7 +34,6 @@ def main(number: int, count: int, address: str) -> None:
     everything = np.arange(ROWS * BATCHES * count).reshape(BATCHES, -1)
     assert sums == everything.sum(1).tolist(), sums
     jax.distributed.shutdown()
-    print("fine")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def test_processes_that_train_together_each_bring_their_rows():
     try:
         for each in both:
             output, _ = each.communicate(timeout=120)
-            assert output.splitlines()[-1:] == ["fine"], output
+            assert each.returncode == 0, output
     finally:
         for each in both:
             each.kill()
