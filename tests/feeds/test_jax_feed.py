@@ -209,3 +209,38 @@ def test_processes_that_train_together_each_bring_their_rows():
             each.kill()
             each.wait()
             each.stdout.close()
+
+
+WITHOUT_MEMORY = """
+import resource
+import numpy as np
+from feeds import jax_conformance  # four devices
+import jax
+import input_workers as iw
+from input_workers.feeds.jax_feed import JaxFeed
+from input_workers.leases import SlotPool
+
+mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")), ("rows",))
+feed = JaxFeed(jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows")))
+spec = iw.ArraySpec((2**26 + 1,), np.uint8)  # all rows but the first lie unaligned, and are copied
+feed.open([spec], 4)
+slot = SlotPool([spec], [0], 4, 1).lease()
+with open("/proc/self/statm") as file:
+    mapped = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**25, mapped + 2**25))
+try:
+    jax.block_until_ready(feed.send(slot))
+except iw.FeedFailed as error:
+    assert "is out of memory: wanted 268,435,460 bytes for a batch of 4 rows; lower batch_size" in str(error), error
+    assert isinstance(error.__cause__, jax.errors.JaxRuntimeError), error.__cause__
+else:
+    raise AssertionError("there was memory")
+"""
+
+
+def test_without_memory_the_error_says_how_much_was_wanted():
+    root = pathlib.Path(iw.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", WITHOUT_MEMORY]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
