@@ -118,7 +118,6 @@ def test_copies_that_are_not_done_when_the_trainer_gets_them_are_the_feeds(coord
     assert stats.verdict == "feed", stats.verdict_text
     assert "batches were not on the device when the trainer got them" in stats.verdict_text
     assert stats.batches_not_ready == stats.batches_delivered == 60
-    assert stats.windows["run"].trainer_wait < 0.5
 
 
 def test_in_the_trainers_own_thread_what_it_fetches_is_what_it_waits_for(coordinator):
