@@ -52,7 +52,7 @@ def _slots() -> tuple[DeviceFeed, SlotPool]:
 def feeding() -> list[Result]:
     """Send batches of 38.5 MB, ready in their slots, and receive them, beside a loop that does nothing but copy."""
     feed, pool = _slots()
-    sources = [torch.from_numpy(pool.lease().arrays[0]) for _ in range(2)]  # page-locked, where that is needed
+    sources = [torch.from_numpy(pool.lease().arrays[0]).fill_(1.0) for _ in range(2)]  # page-locked, where that is needed
     target = torch.empty_like(sources[0], device=FEED.removeprefix("torch:"))
 
     def bare() -> float:
