@@ -103,6 +103,7 @@ def _only_with_skip(info: ValidationInfo) -> None:
 
 # The description of a field says what is wanted in it; messages quote it.
 COUNT_WANTED = "a whole number from 1 to 1000000"
+FEED_WANTED = "'tensorflow', 'tensorflow:/GPU:0' or 'tensorflow:/CPU:0': the models are Keras's, on TensorFlow"
 _Count = Annotated[int, Field(ge=1, le=1_000_000, description=COUNT_WANTED)]
 _Workers = Annotated[int, Field(ge=0, le=4096, description="a whole number from 0 (in the trainer's own thread) to 4096")]
 _Folder = Annotated[
@@ -141,6 +142,7 @@ class TestSource(_Section):
         batch_size: rows of a batch.
         workers: how many read and decode.
         fetchers: what they are: "thread" or "process". Decoding frees the interpreter lock, so threads are enough for it.
+        feed: where batches go: by default TensorFlow's first GPU, or the host.
     """
 
     __test__ = False  # for pytest, which collects what is called Test
@@ -149,6 +151,7 @@ class TestSource(_Section):
     batch_size: _Count = 64
     workers: _Workers = 2
     fetchers: Annotated[Literal["thread", "process"], Field(description="'thread' or 'process'")] = "thread"
+    feed: Annotated[str, Field(pattern=r"^tensorflow(:.+)?$", description=FEED_WANTED)] = "tensorflow"
 
 
 class OnError(_Section):

@@ -193,8 +193,17 @@ class Source(Protocol):
 class DeviceFeed(Protocol):
     """Moves a slot to a device, in two halves: `send` on the enqueuer's thread, `receive` on the trainer's.
 
-    A feed may have an attribute `chunk_alignment`: a chunk that is exactly a batch is then sent as it is, not copied into
-    a slot, if its arrays are aligned to this many bytes (1: always). By default, or if it is None: never.
+    A feed may have, besides:
+
+    - `chunk_alignment`: a chunk that is exactly a batch is then sent as it is, not copied into a slot, if its arrays are
+      aligned to this many bytes (1: always). By default, or if it is None: never.
+    - `slot_memory(nbytes)`: makes memory for slots, after `open`, on the enqueuer's thread: a uint8 array of so many
+      writable bytes, 64-byte aligned, given back when it dies. By default it comes from the heap. A slot is used again when
+      the last view of its arrays has died: a feed whose copy goes on after `send` must hold them until it is done.
+    - `is_ready(ticket)`: asked on the trainer's thread, just before `receive`; batches for which it is False count in
+      `batches_not_ready`. By default all are ready.
+    - `to_numpy(array)`: what `receive` returned, as a NumPy array of the same dtype, for `as_numpy()`; on the trainer's
+      thread. By default `numpy.asarray`.
     """
 
     def open(self, specs: Sequence[ArraySpec], batch_size: int) -> None:

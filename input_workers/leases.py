@@ -14,7 +14,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,13 +45,19 @@ class SlabPool:
 
     A slab that comes back is used again, the one that came last first, because it may still be in a cache; beyond `keep`
     free ones it is let go. There is always another: a caller never waits for whoever still holds one.
+
+    Args:
+        nbytes: of a slab.
+        keep: how many free ones are kept.
+        make: returns so many writable bytes, 64-byte aligned, which live as long as the array; by default from the heap.
     """
 
-    __slots__ = ("_free", "_lent", "keep", "nbytes")
+    __slots__ = ("_free", "_lent", "_make", "keep", "nbytes")
 
-    def __init__(self, nbytes: int, keep: int) -> None:
+    def __init__(self, nbytes: int, keep: int, make: Callable[[int], NDArray[np.uint8]] | None = None) -> None:
         self.nbytes = nbytes
         self.keep = keep
+        self._make = make or _from_the_heap
         self._free: collections.deque[memoryview] = collections.deque()
         self._lent: dict[int, _Lease] = {}
 
@@ -60,9 +66,7 @@ class SlabPool:
         try:
             slab = self._free.pop()
         except IndexError:
-            raw = np.empty(self.nbytes + ALIGNMENT_BYTES, np.uint8)
-            offset = -raw.ctypes.data % ALIGNMENT_BYTES
-            slab = memoryview(raw)[offset : offset + self.nbytes]  # type: ignore[arg-type]
+            slab = memoryview(self._make(self.nbytes))  # type: ignore[arg-type]
         # Not a view of the slab's array: NumPy would make every view of it refer to that array, past this one, which
         # would die at once. It cannot look through a memoryview.
         base = np.frombuffer(slab, np.uint8)
@@ -75,6 +79,12 @@ class SlabPool:
         del self._lent[id(lease)]
         if len(self._free) < self.keep:
             self._free.append(lease.slab)
+
+
+def _from_the_heap(nbytes: int) -> NDArray[np.uint8]:
+    raw = np.empty(nbytes + ALIGNMENT_BYTES, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[offset : offset + nbytes]
 
 
 class CopyPool:
@@ -104,15 +114,25 @@ class CopyPool:
 
 
 class SlotPool:
-    """Lends out slots for batches of `rows` rows; each array is a lease of its own, so one can be held without the rest."""
+    """Lends out slots for batches of `rows` rows; each array is a lease of its own, so one can be held without the rest.
+
+    `make`: as of a SlabPool.
+    """
 
     __slots__ = ("_layout", "rows")
 
-    def __init__(self, specs: Sequence[ArraySpec], batch_axes: Sequence[int], rows: int, keep: int) -> None:
+    def __init__(
+        self,
+        specs: Sequence[ArraySpec],
+        batch_axes: Sequence[int],
+        rows: int,
+        keep: int,
+        make: Callable[[int], NDArray[np.uint8]] | None = None,
+    ) -> None:
         self.rows = rows
         self._layout: list[tuple[SlabPool, tuple[int, ...], np.dtype[Any]]] = []
         for spec, axis in zip(specs, batch_axes, strict=True):
-            pool = SlabPool(spec.row_nbytes * rows, keep)
+            pool = SlabPool(spec.row_nbytes * rows, keep, make)
             self._layout.append((pool, spec.batch_shape(rows, axis), spec.dtype))
 
     def lease(self) -> Slot:

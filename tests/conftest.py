@@ -24,6 +24,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # What a test has set in motion must end within this time after it; it is waited for, not slept through.
 LEAK_SECONDS = 5.0
+FRAMEWORKS = ("tensorflow", "torch", "jax")
 
 hypothesis.settings.register_profile(
     "repeatable", deadline=None, derandomize=True, database=None, suppress_health_check=list(hypothesis.HealthCheck)
@@ -68,9 +69,9 @@ def _nothing_is_left() -> Iterator[None]:
     children = {child.pid for child in psutil.Process().children(recursive=True)}
     descriptors = _descriptors()
     modules = len(sys.modules)
-    had_tensorflow = "tensorflow" in sys.modules
+    had = [framework in sys.modules for framework in FRAMEWORKS]
     yield
-    loaded = len(sys.modules) > modules and "tensorflow" in sys.modules and not had_tensorflow
+    loaded = len(sys.modules) > modules and [framework in sys.modules for framework in FRAMEWORKS] != had
     server = fork_server.holds()
     if server is not None:  # one for the process, from its first use to its end
         children.add(server[0])

@@ -60,7 +60,7 @@ def test_values_and_defaults_are_read(load):
     assert (config.seed, config.model.name, config.model.image_size) == (7, "small_cnn", [16, 24])
     assert config.model.learning_rate == 1.0
     assert (config.train.folder, config.train.batch_size, config.train.epochs) == ("digits:train", 8, 3)
-    assert (config.test.batch_size, config.test.workers) == (64, 2)
+    assert (config.test.batch_size, config.test.workers, config.test.feed) == (64, 2, "tensorflow")
     assert config.metrics == Metrics(port=0, host="127.0.0.1")
     assert config.checkpoint is None
     assert config.train.ordered is False
@@ -160,6 +160,8 @@ def test_all_faults_are_named_at_once_each_with_its_path(load, tmp_path):
         ('"small_cnn"', '"zzz"', "model.name: got 'zzz'; wanted one of small_cnn, ConvNeXtBase"),
         ('"small_cnn"', "3", "model.name: got 3; wanted 'small_cnn' or"),
         ("learning_rate = 1", "learning_rate = 0", "model.learning_rate: got 0; wanted a number above 0"),
+        ("epochs = 3", 'feed = "torch:cpu"', "train.feed: got 'torch:cpu'; wanted 'tensorflow', 'tensorflow:/GPU:0' or "),
+        ("[test]", "[test]\nfeed = 3", "test.feed: got 3; wanted 'tensorflow', 'tensorflow:/GPU:0' or 'tensorflow:/CPU:0'"),
         ("digits:train", "nowhere", "train.folder: got 'nowhere'; there is no folder"),
         ("digits:train", "a\\u0000b", "train.folder: got 'a\\x00b'; there is no folder"),
         ("digits:test", "digits:tests", "test.folder: got 'digits:tests'; did you mean 'digits:test'?"),

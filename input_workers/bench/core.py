@@ -106,7 +106,7 @@ def next_batch(feed: str, target_us: float) -> list[Result]:
     if importlib.util.find_spec(feed) is None:
         return [Result(name, None, target_us, "us", f"pip install input-workers[{feed}]", at_most=True)]
     depth = 64
-    picture, label = np.zeros((64, 224, 224, 3), np.uint8), np.zeros(64, np.int64)
+    picture, label = np.zeros((64, 224, 224, 3), np.uint8), np.zeros(64, np.int32)
     coordinator = iw.init_data_input_workers(
         feed,
         ["image", "label"],
@@ -219,6 +219,8 @@ def main(only: str = "") -> int:
         "waiting": waiting,
         "next_batch_numpy": lambda: next_batch("numpy", 20),
         "next_batch_tensorflow": lambda: next_batch("tensorflow", 30),
+        "next_batch_torch": lambda: next_batch("torch", 30),
+        "next_batch_jax": lambda: next_batch("jax", 30),
         "memory": flat_memory,
         "sources": many_sources,
         "scrape": scraped,

@@ -27,10 +27,13 @@ class DeviceInput:
     A batch is a namedtuple of the input names, with `epoch` (of its first row) and `valid_rows` (without padding).
     """
 
-    def __init__(self, core: SourceCore, name: str, owner: DataInputCoordinator | None = None) -> None:
+    def __init__(
+        self, core: SourceCore, name: str, owner: DataInputCoordinator | None = None, *, as_numpy: bool = False
+    ) -> None:
         self._core = core
         self._name = name
         self._owner = owner  # held, because the run ends with the last handle of its source
+        self._as_numpy = as_numpy
 
     @property
     def name(self) -> str:
@@ -56,7 +59,16 @@ class DeviceInput:
         elif not timeout_s >= 0.0:
             raise ConfigError(f"timeout_s: got {timeout_s!r}; wanted seconds of at least 0 (inf: without an end)")
         run = core.run or core.started_run()
-        return run.next_batch(run.devices[self._name], timeout_s)
+        return run.next_batch(run.devices[self._name], timeout_s, self._as_numpy)
+
+    def as_numpy(self) -> DeviceInput:
+        """Return another handle of this device, which delivers NumPy arrays, whatever the feed. Dtypes stay as they are.
+
+        Both take from the same batches: each goes to one caller. What lies in host memory is not copied where the framework
+        allows (NumPy, PyTorch, JAX, and TensorFlow's numbers), and the array holds the memory; that of JAX and TensorFlow
+        is read-only. What lies on another device is copied, once it is there.
+        """
+        return DeviceInput(self._core, self._name, self._owner, as_numpy=True)
 
     def batch_specs(self, timeout_s: float | None = None) -> Any:
         """Return the source's namedtuple with (shape, dtype) of each array of a batch; None in a shape: any number of rows.
@@ -153,6 +165,13 @@ class DataInputCoordinator:
     def epochs(self, steps_per_epoch: int | None = None, arrange: Callable[[Any], Any] = tuple) -> KerasEpochs:
         """Return the batches of the only device as Keras 3 takes them; see `DeviceInput.epochs`."""
         return DeviceInput(self._core, self.device().name, self).epochs(steps_per_epoch, arrange)
+
+    def as_numpy(self) -> DeviceInput:
+        """Return an iterator over the same batches as NumPy arrays; see `DeviceInput.as_numpy`.
+
+        It holds this source, so that its run goes on. Raises ConfigError where the source has several devices.
+        """
+        return DeviceInput(self._core, self.device().name, self, as_numpy=True)
 
     def __iter__(self) -> DataInputCoordinator:
         self.device()

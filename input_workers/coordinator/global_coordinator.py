@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
-from input_workers.contracts import DeviceFeed
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator, DeviceInput
 from input_workers.coordinator.reporter import Ticker, log, log_line
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
@@ -20,6 +19,7 @@ from input_workers.coordinator.source_core import LAST_CALL_SECONDS, SourceCore
 from input_workers.coordinator.state_file import load_file, save_file
 from input_workers.coordinator.state_of_all import load_all, state_of_all
 from input_workers.errors import ConfigError, LifecycleError
+from input_workers.feeds import Feed
 from input_workers.lifecycle import State
 from input_workers.metrics.snapshot import SourceStats, StopReport, StuckThread
 
@@ -266,14 +266,14 @@ class GlobalCoordinator:
         """Return the numbers of every source, by name."""
         return {core.settings.name: core.stats() for _, core in self._copy()}
 
-    def reset_data_input(self, name_scope: str, name: str, feed: str | DeviceFeed, batch_size: int) -> None:
+    def reset_data_input(self, name_scope: str, name: str, feed: Feed, batch_size: int) -> None:
         """Let a device of a source have another feed or batch size, from the next slot that is begun."""
-        device = DeviceSettings.checked(name_scope, feed, batch_size)
+        known = self._sources.get(name)
+        if known is None or known[1].device_name(name_scope) not in known[1].devices:
+            raise ConfigError(f"reset_data_input: no device {name_scope!r} of a source {name!r}; there are {self._keys()}")
+        core = known[1]
+        device = DeviceSettings.checked(name_scope, feed, batch_size, core.settings.batch_axes)
         with self._changed:
-            known = self._sources.get(name)
-            if known is None or known[1].device_name(name_scope) not in known[1].devices:
-                raise ConfigError(f"reset_data_input: no device {name_scope!r} of a source {name!r}; there are {self._keys()}")
-            core = known[1]
             core.devices[core.device_name(name_scope)] = device
             if core.run is not None:
                 core.run.retarget(core.device_name(name_scope), device)

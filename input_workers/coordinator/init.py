@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from input_workers.contracts import ArraySpec, DeviceFeed, FetchFunction
+from input_workers.contracts import ArraySpec, FetchFunction
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator
 from input_workers.coordinator.global_coordinator import GlobalCoordinator
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings, check_workers
 from input_workers.errors import ConfigError
+from input_workers.feeds import Feed
 from input_workers.fetchers import Processes, Threads
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
@@ -21,7 +22,7 @@ global_coordinator = GlobalCoordinator()
 
 
 def init_data_input_workers(
-    feed: str | DeviceFeed,
+    feed: Feed,
     input_names: Sequence[str],
     fetch_fun: FetchFunction | Stream,
     batch_size: int,
@@ -48,7 +49,10 @@ def init_data_input_workers(
     """Register a source of batches. Nothing runs before `start()` of the coordinator that is returned.
 
     Args:
-        feed: where batches go: "numpy", "tensorflow", "tensorflow:/GPU:0", "tensorflow:/CPU:0", or a DeviceFeed.
+        feed: where batches go: "numpy"; "tensorflow", by default its first GPU or the host, "tensorflow:/GPU:0",
+            "tensorflow:/CPU:0"; "torch", by default the host (`torch.set_default_device` says otherwise), "torch:cpu",
+            "torch:cuda:0"; "jax", by default its default device, "jax:gpu:0", "jax:cpu:0"; a `jax.sharding.Sharding`: each
+            of its devices gets its rows; or a DeviceFeed.
         input_names: names of the arrays of a batch: identifiers, each once.
         fetch_fun: `f(worker_id, batch_size)`, called from many threads at once, or a Stream. It returns one array per
             input, with any number of rows, the same in each; None or zero rows: no data now; raises EndOfData: this
@@ -83,7 +87,6 @@ def init_data_input_workers(
     """
     if coordinator is not None and not isinstance(coordinator, GlobalCoordinator):
         raise ConfigError(f"coordinator: got {type(coordinator).__qualname__}; wanted a GlobalCoordinator")
-    device = DeviceSettings.checked(name_scope, feed, batch_size)
     workers = check_workers(num_workers)
     settings = SourceSettings.checked(
         name=input_source_name,
@@ -104,6 +107,7 @@ def init_data_input_workers(
         device_queue_depth=device_queue_depth,
         specs=specs,
     )
+    device = DeviceSettings.checked(name_scope, feed, batch_size, settings.batch_axes)
     if isinstance(fetch_fun, Stream):
         fetch_fun.check(last_batch, device.batch_size)
     coordinator = coordinator if coordinator is not None else global_coordinator

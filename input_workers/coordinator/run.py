@@ -170,7 +170,7 @@ class Run:
             self.stop(time.monotonic() + 5.0)
             raise
 
-    def next_batch(self, device: Device, timeout_s: float) -> Any:
+    def next_batch(self, device: Device, timeout_s: float, as_numpy: bool = False) -> Any:
         """Return the next batch of a device; see `Device.next_batch`."""
         if self.forked:
             raise LifecycleError(
@@ -181,7 +181,7 @@ class Run:
             if self.signal.ended.is_set():
                 self._end_windows()
             timeout_s = 0.0
-        return device.next_batch(timeout_s)
+        return device.next_batch(timeout_s, as_numpy)
 
     def await_specs(self, timeout_s: float) -> tuple[ArraySpec, ...]:
         """Return the specs, waiting for the first chunk; see `DataInputCoordinator.specs`."""

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from input_workers.contracts import ArraySpec, DeviceFeed, FetchFunction, batch_type
 from input_workers.errors import ConfigError
-from input_workers.feeds import feed_maker
+from input_workers.feeds import Feed, feed_maker
 from input_workers.fetchers import Processes, Threads
 from input_workers.flow.enqueuer import LastBatch
 from input_workers.policy import ErrorPolicy
@@ -39,16 +39,17 @@ class DeviceSettings:
     """Where a source delivers: what each call of `init_data_input_workers` adds."""
 
     name_scope: str
-    feed: str | DeviceFeed
+    feed: Feed
     make_feed: Callable[[], DeviceFeed]
     batch_size: int
 
     @classmethod
-    def checked(cls, name_scope: str, feed: str | DeviceFeed, batch_size: int) -> DeviceSettings:
-        """Return the settings of a device. Raises ConfigError."""
+    def checked(cls, name_scope: str, feed: Feed, batch_size: int, batch_axes: Sequence[int]) -> DeviceSettings:
+        """Return the settings of a device, of a source with these batch axes. Raises ConfigError."""
         if not isinstance(name_scope, str) or "/" in name_scope:
             raise ConfigError(f"name_scope: got {name_scope!r}; wanted a name without a slash, such as 'gpu_0'")
-        return cls(name_scope, feed, feed_maker(feed), _whole("batch_size", batch_size, 1))
+        rows = _whole("batch_size", batch_size, 1)
+        return cls(name_scope, feed, feed_maker(feed, rows, batch_axes), rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from input_workers.contracts import ArraySpec, Slot
-from input_workers.errors import ConfigError, SpecMismatch
+from input_workers.errors import ConfigError
+from input_workers.feeds.refusals import dtype_refused, no_room
 from input_workers.leases import ALIGNMENT_BYTES
 
 if TYPE_CHECKING:
@@ -63,16 +64,29 @@ class TensorFlowFeed:
         self._to_host = [_share if spec.dtype.kind in DLPACK_KINDS else _copy for spec in specs]
 
     def send(self, slot: Slot) -> list[Any]:
-        """Return the batch's tensors, on the device; what they share with the slot they hold."""
+        """Return the batch's tensors, on the device; what they share with the slot they hold.
+
+        Raises:
+            FeedFailed: the device has no memory for the batch.
+        """
         tensors = [to_host(array) for to_host, array in zip(self._to_host, slot.arrays, strict=True)]
         if self._on_host:
             return tensors
-        with tf.device(self.device):
-            return [tf.identity(tensor) for tensor in tensors]
+        try:
+            with tf.device(self.device):
+                return [tf.identity(tensor) for tensor in tensors]
+        except tf.errors.ResourceExhaustedError as error:
+            raise no_room(self.device, slot, None) from error  # TensorFlow does not say what is free
 
     def receive(self, ticket: list[Any]) -> list[Any]:
         """Return the same tensors: they are ready for any thread."""
         return ticket
+
+    def to_numpy(self, tensor: Any) -> NDArray[Any]:
+        """Return the tensor as an array: on the host its own memory, read-only, where it holds numbers."""
+        if self._on_host and np.dtype(tensor.dtype.as_numpy_dtype).kind in DLPACK_KINDS:
+            return np.asarray(memoryview(tensor))
+        return np.asarray(tensor.numpy())
 
     def close(self) -> None:
         """Nothing was taken that the tensors do not give back themselves."""
@@ -98,13 +112,8 @@ def _check_dtype(index: int, dtype: np.dtype[Any]) -> None:
         known = None
     if known is not None and (dtype.kind == "S" or np.dtype(known.as_numpy_dtype) == dtype):
         return
-    if dtype.kind == "U":
-        remedy = "bytes: np.char.encode(array, 'utf-8')"
-    elif not dtype.isnative:
-        remedy = "native byte order: array.astype(array.dtype.newbyteorder('='))"
-    else:
-        remedy = "a number, bool or bytes"
-    raise SpecMismatch(f"input {index}: got dtype {dtype}, which TensorFlow cannot hold as it is; wanted {remedy}")
+    remedy = "bytes: np.char.encode(array, 'utf-8')" if dtype.kind == "U" else "numbers, bool or bytes"
+    raise dtype_refused("TensorFlow", index, dtype, remedy)
 
 
 def _find_device(wanted: str | None) -> str:

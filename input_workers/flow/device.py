@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from input_workers.contracts import ArraySpec, DeviceFeed, Slot
 from input_workers.errors import EndOfData, Failure, FeedFailed, QueueClosed
 from input_workers.flow.device_queue import DeviceQueue, QueuedBatch
@@ -21,7 +23,7 @@ __all__ = ["Device", "Target"]
 class Target:
     """A feed and a batch size, fixed for every slot that is begun with it; opened at the first."""
 
-    __slots__ = ("_batch_axes", "_lease_slots", "batch_size", "chunk_alignment", "feed", "opened")
+    __slots__ = ("_batch_axes", "_make_memory", "_pool", "batch_size", "chunk_alignment", "feed", "opened")
 
     def __init__(self, feed: DeviceFeed, batch_size: int) -> None:
         self.feed = feed
@@ -29,29 +31,30 @@ class Target:
         self.chunk_alignment: int | None = getattr(feed, "chunk_alignment", None)
         self.opened = False
         self._batch_axes: Sequence[int] = ()
-        self._lease_slots: Callable[[int], Slot]
+        self._make_memory = getattr(feed, "slot_memory", None)
+        self._pool: SlotPool | None = None
 
     def open(self, specs: Sequence[ArraySpec], batch_axes: Sequence[int], keep: int) -> None:
         """Open the feed and make the pool of slots, of which `keep` free ones are kept; none where rows have any shape."""
         self.feed.open(specs, self.batch_size)
         self.opened = True
         self._batch_axes = batch_axes
-        if not all(spec.is_fixed for spec in specs):
-            return
-        pool = SlotPool(specs, batch_axes, self.batch_size, keep)
-        self._lease_slots = lambda rows: (
-            pool.lease() if rows == pool.rows else SlotPool(specs, batch_axes, rows, keep=0).lease()
-        )
+        if all(spec.is_fixed for spec in specs):
+            self._pool = SlotPool(specs, batch_axes, self.batch_size, keep, self._make_memory)
 
-    def lease(self, rows: int) -> Slot:
-        """Return an empty slot for `rows` rows: one of the pool's, where it is a batch."""
-        return self._lease_slots(rows)
+    def lease(self, rows: int, like: Sequence[NDArray[Any]]) -> Slot:
+        """Return an empty slot for `rows` rows as these arrays have them: one of the pool's, where it is a batch."""
+        pool = self._pool
+        if pool is not None and rows == pool.rows:
+            return pool.lease()
+        shapes = [array.shape[:axis] + array.shape[axis + 1 :] for array, axis in zip(like, self._batch_axes, strict=True)]
+        specs = [ArraySpec(shape, array.dtype) for shape, array in zip(shapes, like, strict=True)]
+        return SlotPool(specs, self._batch_axes, rows, 0, self._make_memory).lease()
 
-    def lease_like(self, arrays: Sequence[NDArray[Any]], rows: int) -> Slot:
-        """Return an empty slot for `rows` rows as these arrays have them."""
-        shapes = [array.shape[:axis] + array.shape[axis + 1 :] for array, axis in zip(arrays, self._batch_axes, strict=True)]
-        specs = [ArraySpec(shape, array.dtype) for shape, array in zip(shapes, arrays, strict=True)]
-        return SlotPool(specs, self._batch_axes, rows, keep=0).lease()
+    def close(self) -> None:
+        """Let go of the free slots and close the feed. Nothing is leased or sent any more."""
+        self._pool = None
+        self.feed.close()
 
 
 class Device:
@@ -88,7 +91,7 @@ class Device:
         self._on_failure = on_failure
         self._keep_slots = keep_slots
         self._opened: list[Target] = []
-        self._interrupted: list[Any] = []  # batches that were delivered to a call that Ctrl-C ended
+        self._interrupted: list[QueuedBatch] = []  # they were delivered to a call that Ctrl-C ended
 
     def open(self, target: Target, specs: Sequence[ArraySpec]) -> None:
         """Open the target's feed; `close` will close it."""
@@ -107,8 +110,8 @@ class Device:
         recorder.sent += 1
         return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch, slot.parts))
 
-    def next_batch(self, timeout_s: float) -> Any:
-        """Return the next batch.
+    def next_batch(self, timeout_s: float, as_numpy: bool = False) -> Any:
+        """Return the next batch, its arrays as the feed delivers them, or as NumPy arrays.
 
         Raises:
             WaitTimeout: none came within `timeout_s`; the stream is as it was.
@@ -118,20 +121,20 @@ class Device:
         """
         if self._interrupted:
             try:
-                batch = self._interrupted.pop(0)
+                queued = self._interrupted.pop(0)
             except IndexError:  # another thread was faster
                 pass
             else:
-                self.queue.log.taken_back -= 1
-                return batch
+                return self._receive_again(queued, as_numpy)
         queued = self.queue.get(timeout_s, self.name)
         batch = None
         try:
+            ready = True
             if queued.feed is not None:
-                batch = self._make_batch(queued.feed.receive(queued.ticket))
-                batch.epoch = queued.epoch
-                batch.valid_rows = queued.rows
-            self.queue.commit(queued)
+                is_ready = getattr(queued.feed, "is_ready", None)
+                ready = is_ready is None or is_ready(queued.ticket)
+                batch = self._receive(queued, as_numpy)
+            self.queue.commit(queued, ready)
             if batch is not None:
                 return batch
         except QueueClosed:
@@ -144,17 +147,37 @@ class Device:
             raise failure.exception() from error
         except BaseException:  # Ctrl-C: the batch is the next one again, or was just counted, and is kept for the next call
             if not self.queue.put_back(queued) and batch is not None:
-                self._interrupted.append(batch)
+                self._interrupted.append(queued)
                 self.queue.log.taken_back += 1
             raise
         raise EndOfData(f"{self.name}: end of epoch {queued.epoch}")
+
+    def _receive(self, queued: QueuedBatch, as_numpy: bool) -> Any:
+        assert queued.feed is not None  # noqa: S101  the mark at the end of an epoch is nothing to receive
+        arrays = queued.feed.receive(queued.ticket)
+        if as_numpy:
+            arrays = [*map(getattr(queued.feed, "to_numpy", np.asarray), arrays)]
+        batch = self._make_batch(arrays)
+        batch.epoch = queued.epoch
+        batch.valid_rows = queued.rows
+        return batch
+
+    def _receive_again(self, queued: QueuedBatch, as_numpy: bool) -> Any:
+        """Return a batch that was counted as delivered, but did not reach the trainer."""
+        try:
+            batch = self._receive(queued, as_numpy)
+        except BaseException:
+            self._interrupted.insert(0, queued)
+            raise
+        self.queue.log.taken_back -= 1
+        return batch
 
     def close(self) -> list[BaseException]:
         """Close every feed that was opened; return what they raised."""
         errors: list[BaseException] = []
         for target in self._opened:
             try:
-                target.feed.close()
+                target.close()
             except Exception as error:
                 errors.append(error)
         self._opened = []

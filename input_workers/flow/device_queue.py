@@ -149,8 +149,13 @@ class DeviceQueue:
         for gate in gates:
             gate.release()
 
-    def commit(self, batch: QueuedBatch) -> None:
-        """Count the batch in hand as delivered. Raises the end's error if the queue was aborted meanwhile."""
+    def commit(self, batch: QueuedBatch, ready: bool = True) -> None:
+        """Count the batch in hand as delivered. Raises the end's error if the queue was aborted meanwhile.
+
+        Args:
+            batch: what `get` returned.
+            ready: whether it was on the device when it was asked for.
+        """
         now = time.monotonic()
         key = id(batch)
         with self._lock:
@@ -169,6 +174,7 @@ class DeviceQueue:
             log.batches += is_batch
             recorder.rows_delivered += rows
             recorder.batches_delivered += is_batch
+            recorder.batches_not_ready += not ready
             recorder.mark(now)
 
     def give_up(self, batch: QueuedBatch) -> bool:

@@ -9,7 +9,7 @@ import math
 import queue
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NoReturn, TypeAlias
 
 from input_workers.contracts import ArraySpec, Chunk, Slot
 from input_workers.errors import EndOfData, Failure, FeedFailed, InputWorkersError, QueueClosed, SourceFailed
@@ -204,7 +204,12 @@ class Enqueuer:
             if slot is not None:
                 self._chunks.release([None], rows, nbytes)
                 return device, target, slot
-        return device, target, target.lease(rows) if self._row_nbytes else target.lease_like(arrays, rows)
+        try:
+            return device, target, target.lease(rows, arrays)
+        except Exception as error:
+            self._fail(
+                device, f"there is no memory for a slot of {rows} rows, {rows * self._row_nbytes or nbytes:,} bytes", error
+            )
 
     def _next_target(self) -> tuple[Device, Target]:
         """Return the device whose turn it is, and its target, opened."""
@@ -254,7 +259,8 @@ class Enqueuer:
                 taken = device.send(target, slot)
             except Exception as error:
                 self._recorder.drop("device_error", slot.filled)
-                self._fail(device, f"a batch of {slot.rows} rows could not be sent", error)
+                nbytes = sum(array.nbytes for array in slot.arrays)
+                self._fail(device, f"a batch of {slot.rows} rows, {nbytes:,} bytes, could not be sent", error)
             if taken:
                 now = time.monotonic()
                 recorder = device.queue.recorder
@@ -323,6 +329,6 @@ class Enqueuer:
         except queue.Empty:
             pass
 
-    def _fail(self, device: Device, what: str, error: BaseException) -> None:
+    def _fail(self, device: Device, what: str, error: BaseException) -> NoReturn:
         self._signal.fail(Failure(FeedFailed, f"{device.name}: {what}", error))
         raise _Ended from error

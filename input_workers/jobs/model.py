@@ -36,8 +36,6 @@ class Trainer:
         ConfigError: Keras refuses the model, for example because the pictures are too small for it.
     """
 
-    feed = "tensorflow"  # where its batches must be
-
     def __init__(self, model: Model, classes: int, steps: int, seed: int) -> None:
         if keras.backend.backend() != "tensorflow":
             raise ConfigError(f"KERAS_BACKEND: got {keras.backend.backend()!r}; wanted 'tensorflow'")

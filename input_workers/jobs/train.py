@@ -73,7 +73,7 @@ def train(
         steps = batches_in(config, "train", len(folders["train"]))
         coordinator = iw.GlobalCoordinator()
         for name, folder in folders.items():
-            add_source(coordinator, trainer.feed, config, name, folder)
+            add_source(coordinator, (config.train if name == "train" else config.test).feed, config, name, folder)
         if begin.folder is not None:
             trainer.load(begin.folder)
             _load_input(coordinator, begin.folder / INPUT)

@@ -74,6 +74,21 @@ def test_a_feed_that_raises_fails_the_source_after_the_batches_that_were_sent(
     assert feed.calls.count("close") == (0 if where == "open" else 1)
 
 
+def test_a_feed_without_memory_for_slots_fails_the_source_with_sizes(coordinator: iw.GlobalCoordinator) -> None:
+    class Full(Feed):
+        def slot_memory(self, nbytes: int) -> Any:
+            raise MemoryError("nothing left to lock")
+
+    source = register(coordinator, CertifiedFetch(lambda w, c: 6, end_of_data), 4, feed=Full())
+    other = register(coordinator, CertifiedFetch(lambda w, c: 6, end_of_data), 4, "other")
+    coordinator.start()
+    nbytes = sum(spec.row_nbytes for spec in source.specs()) * 4
+    with pytest.raises(iw.FeedFailed, match=rf"no memory for a slot of 4 rows, {nbytes:,} bytes") as caught:
+        source.next_batch()
+    assert isinstance(caught.value.__cause__, MemoryError)
+    assert len(other.next_batch().data) == 4
+
+
 def test_a_feed_that_cannot_be_closed_is_named_in_the_report(coordinator: iw.GlobalCoordinator) -> None:
     source = register(coordinator, CertifiedFetch(lambda w, c: 4, end_of_data), feed=Feed(close=(1, OSError("busy"))))
     coordinator.start()
@@ -135,8 +150,6 @@ STREAM = iw.Stream(iw.sources.Arrays(np.arange(4), np.arange(4)))
 NOT_BUILT: dict[str, dict[str, Any]] = {
     "ray": {"fetchers": "ray"},
     "auto": {"num_workers": "auto"},
-    "torch": {"feed": "torch:cpu"},
-    "jax": {"feed": "jax"},
 }
 
 

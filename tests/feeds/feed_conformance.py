@@ -1,27 +1,24 @@
-"""What every DeviceFeed must do, whatever its framework. A test class inherits it and says how to make and read the feed."""
+"""What every DeviceFeed must do, whatever its framework. A test class inherits it and says how to make and read the feed.
 
-import itertools
+The other half, what a source with such a feed does, is in `source_conformance`.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+from feeds.source_conformance import SourceConformance, rows_of
 
 import input_workers as iw
 from input_workers.contracts import DeviceFeed, Slot
 from input_workers.leases import SlotPool
 
 DTYPES = ("bool", *(f"{kind}int{bits}" for kind in ("", "u") for bits in (8, 16, 32, 64)), "float16", "float32", "float64")
-DTYPES += ("complex64", "complex128", "S7")
+DTYPES += ("complex64", "complex128", "S7", ml_dtypes.bfloat16)
+NUMBERS = tuple(dtype for dtype in DTYPES if dtype != "S7")
 HELD, MORE = 20, 200
-
-
-def rows_of(first: int, count: int, dtype: Any) -> np.ndarray:
-    """Rows that say which they are: row r holds r, r + 1 and r + 2, in what the dtype can hold."""
-    numbers = np.arange(first, first + count)[:, None] + np.arange(3)
-    dtype = np.dtype(dtype)
-    if dtype.kind == "S":
-        return np.array([[f"row {n % 1000}" for n in row] for row in numbers], dtype)
-    return (numbers % (2 if dtype.kind == "b" else 101)).astype(dtype)
 
 
 def filled(slot: Slot, first: int) -> list[np.ndarray]:
@@ -41,32 +38,13 @@ def aligned(array: np.ndarray, offset: int = 0) -> np.ndarray:
     return copy
 
 
-class CountingSource:
-    """A source whose row r says r, with the memory that was offered to it."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.lent: set[int] = set()
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def fetch(self, rows, request):
-        arrays = [np.stack([rows_of(int(row), 1, np.float32)[0] for row in rows]), np.array(rows)]
-        if request.out is None:
-            return arrays
-        for out, array in zip(request.out, arrays, strict=True):
-            out[...] = array
-            self.lent.add(out.ctypes.data)
-        return request.out
-
-
-class FeedConformance:
+class FeedConformance(SourceConformance):
     """Inherit it as TestSomething."""
 
-    feed = ""  # as init_data_input_workers takes it
-    dtypes = DTYPES
+    feed: Any = ""  # as init_data_input_workers takes it
+    dtypes: tuple[Any, ...] = DTYPES
     shares_slots = True  # the batch is the slot's memory
+    odd_shapes: tuple[tuple[int, ...], ...] = ((0, 3), (4, 0), (1, 3), (5,))
 
     def make_feed(self) -> DeviceFeed:
         raise NotImplementedError
@@ -83,6 +61,9 @@ class FeedConformance:
         """Where its memory is."""
         raise NotImplementedError
 
+    def let_go(self) -> None:
+        """Have the framework drop now what it would drop at its next operation."""
+
     def same(self, delivered: Any, wanted: np.ndarray) -> bool:
         got = self.value(delivered)
         same_dtype = self.dtype(delivered).kind == "S" if wanted.dtype.kind == "S" else self.dtype(delivered) == wanted.dtype
@@ -92,7 +73,7 @@ class FeedConformance:
         feed = self.make_feed()
         specs = [iw.ArraySpec((3,), dtype) for dtype in dtypes]
         feed.open(specs, rows)
-        return feed, SlotPool(specs, [0] * len(specs), rows, keep)
+        return feed, SlotPool(specs, [0] * len(specs), rows, keep, getattr(feed, "slot_memory", None))
 
     def test_is_a_device_feed(self):
         assert isinstance(self.make_feed(), DeviceFeed)
@@ -141,7 +122,7 @@ class FeedConformance:
     def test_a_slot_is_used_again_when_its_batch_has_died_and_not_before(self):
         feed, pool = self.opened(np.float32)
         slot = pool.lease()
-        filled(slot, 0)
+        (wanted,) = filled(slot, 0)
         address = slot.arrays[0].ctypes.data
         delivered = feed.receive(feed.send(slot))
         del slot
@@ -149,7 +130,9 @@ class FeedConformance:
             others = [pool.lease() for _ in range(6)]
             assert address not in [other.arrays[0].ctypes.data for other in others]
             del others
+        assert self.same(delivered[0], wanted)  # a copy that went on has ended
         del delivered
+        self.let_go()
         free = [pool.lease() for _ in range(6)]
         assert address in [slot.arrays[0].ctypes.data for slot in free]
 
@@ -187,71 +170,51 @@ class FeedConformance:
         (got,) = feed.receive(feed.send(Slot([array], 8, 8)))
         assert self.same(got, wanted)
 
-    @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (1, 3), (5,)])
-    def test_odd_shapes_are_delivered(self, shape):
-        feed = self.make_feed()
-        feed.open([iw.ArraySpec(shape[1:], np.float32)], shape[0])
-        array = aligned(np.ones(shape, np.float32))
-        (got,) = feed.receive(feed.send(Slot([array], shape[0], shape[0])))
-        assert self.same(got, np.ones(shape, np.float32))
+    def test_odd_shapes_are_delivered(self):
+        for shape in self.odd_shapes:
+            feed = self.make_feed()
+            feed.open([iw.ArraySpec(shape[1:], np.float32)], shape[0])
+            array = aligned(np.ones(shape, np.float32))
+            (got,) = feed.receive(feed.send(Slot([array], shape[0], shape[0])))
+            assert self.same(got, np.ones(shape, np.float32)), shape
+            feed.close()
 
-    @pytest.mark.parametrize("chunk_rows", [1, 5, 8, 100], ids=lambda rows: f"chunks of {rows}")
-    @pytest.mark.parametrize("workers", [0, 1])
-    def test_a_source_delivers_exact_batches_in_order(self, chunk_rows, workers):
-        starts = iter(range(0, 200, chunk_rows))
+    def test_batches_are_received_in_other_threads_than_they_were_sent_in(self):
+        feed, pool = self.opened(*self.dtypes)
+        with ThreadPoolExecutor(1) as sender, ThreadPoolExecutor(2) as receivers:
+            for number in range(20):
+                slot = pool.lease()
+                wanted = filled(slot, number * 8)
+                ticket = sender.submit(feed.send, slot).result()
+                del slot
+                delivered = receivers.submit(feed.receive, ticket).result()
+                assert all(self.same(got, want) for got, want in zip(delivered, wanted, strict=True))
+        feed.close()
 
-        def fetch(worker_id, batch_size):
-            first = next(starts, None)
-            if first is None:
-                raise iw.EndOfData
-            count = min(chunk_rows, 200 - first)
-            return [rows_of(first, count, np.float32), np.arange(first, first + count)]
+    def test_as_numpy_arrays_they_have_their_values_and_dtypes_and_hold_the_memory(self):
+        feed, pool = self.opened(*self.dtypes)
+        to_numpy = getattr(feed, "to_numpy", np.asarray)
+        slot = pool.lease()
+        wanted = filled(slot, 40)
+        arrays = [to_numpy(got) for got in feed.receive(feed.send(slot))]
+        del slot
+        for number in range(10):
+            filled(pool.lease(), 100 + number)
+        for array, want in zip(arrays, wanted, strict=True):
+            assert type(array) is np.ndarray
+            assert (array.dtype if want.dtype.kind != "S" else want.dtype, array.tolist()) == (want.dtype, want.tolist())
 
-        coordinator = iw.GlobalCoordinator()
-        iw.init_data_input_workers(self.feed, ["data", "label"], fetch, 8, workers, coordinator=coordinator)
-        with coordinator:
-            batches = list(coordinator["train"])
-        assert len(batches) == 25
-        for number, batch in enumerate(batches):
-            assert batch.valid_rows == 8
-            assert self.same(batch.data, rows_of(number * 8, 8, np.float32))
-            assert self.same(batch.label, np.arange(number * 8, number * 8 + 8))
 
-    def test_batches_held_by_the_trainer_never_change_while_others_are_delivered(self):
-        numbers = itertools.count()
+class MayBeWrittenTo:
+    """Of feeds whose framework lets the trainer write to its batch."""
 
-        def fetch(worker_id, batch_size):
-            first = next(numbers) * 7
-            return [rows_of(first, 7, np.float32), np.arange(first, first + 7)]
-
-        coordinator = iw.GlobalCoordinator()
-        iw.init_data_input_workers(self.feed, ["data", "label"], fetch, 16, 1, coordinator=coordinator)
-        with coordinator:
-            held = [coordinator["train"].next_batch() for _ in range(HELD)]
-            for _ in range(MORE):
-                coordinator["train"].next_batch()
-            for number, batch in enumerate(held):
-                assert self.same(batch.label, np.arange(number * 16, number * 16 + 16))
-                assert self.same(batch.data, rows_of(number * 16, 16, np.float32))
-
-    def test_a_chunk_that_is_an_aligned_batch_becomes_the_batch_without_a_copy(self):
-        if not self.shares_slots:
-            pytest.skip("this device has memory of its own")
-        source = CountingSource(40)
-        coordinator = iw.GlobalCoordinator()
-        iw.init_data_input_workers(self.feed, ["data", "label"], iw.Stream(source), 4, 1, coordinator=coordinator)
-        with coordinator:
-            batches = list(coordinator["train"])
-        assert np.concatenate([self.value(batch.label) for batch in batches]).tolist() == list(range(40))
-        # The first is fetched before it is known what rows look like, so no memory is lent for it.
-        assert {self.address(batch.data) for batch in batches[1:]} <= source.lent
-
-    def test_several_devices_each_get_their_own_batches(self):
-        coordinator = iw.GlobalCoordinator()
-        stream = iw.Stream(CountingSource(64), rows_per_request=5)
-        for scope in ("a", "b"):
-            iw.init_data_input_workers(self.feed, ["data", "label"], stream, 4, 1, name_scope=scope, coordinator=coordinator)
-        with coordinator:
-            pairs = list(zip(coordinator["a/train"], coordinator["b/train"], strict=True))
-        labels = np.concatenate([self.value(batch.label) for pair in pairs for batch in pair])
-        assert sorted(labels.tolist()) == list(range(64))
+    def test_the_trainer_may_write_to_its_batch(self):
+        feed, pool = self.opened(np.float32)
+        slot = pool.lease()
+        slot.arrays[0][...] = 0
+        (mine,) = feed.receive(feed.send(slot))
+        mine += 1
+        del slot
+        for _ in range(6):
+            pool.lease().arrays[0][...] = 7
+        assert (self.value(mine) == 1).all()

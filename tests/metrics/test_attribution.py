@@ -33,6 +33,23 @@ class SlowFeed(NumpyFeed):
         return super().send(slot)
 
 
+class LateFeed(NumpyFeed):
+    """Its copies are done no sooner than somebody needs them; it knows, by an event of its own for each."""
+
+    chunk_alignment = None
+
+    def send(self, slot):
+        return slot.arrays, threading.Event()
+
+    def is_ready(self, ticket):
+        return ticket[1].is_set()
+
+    def receive(self, ticket):
+        arrays, copied = ticket
+        copied.set()
+        return arrays
+
+
 def make(coordinator, function=fetch, workers=1, feed="numpy", **options):
     iw.init_data_input_workers(feed, ["data"], function, 8, workers, "train", coordinator=coordinator, **options)
 
@@ -92,6 +109,15 @@ def test_a_slow_feed_is_named(coordinator):
     assert window.feed > 0.8
     assert window.enqueuer.busy >= window.feed
     assert window.fetchers.blocked > 0.8
+
+
+def test_copies_that_are_not_done_when_the_trainer_gets_them_are_the_feeds(coordinator):
+    make(coordinator, feed=LateFeed())
+    coordinator.start()
+    stats = train(coordinator, step=STEP)
+    assert stats.verdict == "feed", stats.verdict_text
+    assert "batches were not on the device when the trainer got them" in stats.verdict_text
+    assert stats.batches_not_ready == stats.batches_delivered == 60
 
 
 def test_in_the_trainers_own_thread_what_it_fetches_is_what_it_waits_for(coordinator):

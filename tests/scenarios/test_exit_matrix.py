@@ -29,15 +29,21 @@ ENDS = {
     "with": (1, "ValueError: the user's own"),
 }
 CASES = list(itertools.product(ENDS, ["hold", "drop"], ["stop", "leave"], ["empty", "flowing", "full"]))
-TENSORFLOW_CASES = [("main", "hold", "leave", "full"), ("error", "hold", "leave", "flowing"),
-                    ("collected", "drop", "leave", "full"), ("sys.exit", "drop", "stop", "flowing")]  # fmt: skip
+FEEDS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("tensorflow", "torch", "jax")]
+FRAMEWORK_CASES = [("main", "hold", "leave", "full"), ("error", "hold", "leave", "flowing"),
+                   ("collected", "drop", "leave", "full"), ("sys.exit", "drop", "stop", "flowing")]  # fmt: skip
 
 
 def end_like(case: tuple[str, ...], feed: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", str(CHILD), *case, feed]
     if feed != "numpy":
         del command[1:3]  # its warnings are its own
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(CHILD.parents[2]), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(CHILD.parents[2]),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JAX_ENABLE_X64": "1",
+    }
     return subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, env=environment, check=False)
 
 
@@ -69,7 +75,7 @@ def test_the_end_of_a_trainer_is_its_own(
     check(case, children[case])
 
 
-@pytest.mark.tensorflow
-@pytest.mark.parametrize("case", TENSORFLOW_CASES, ids="-".join)
-def test_the_end_of_a_trainer_with_tensorflow_is_its_own(case: tuple[str, ...]) -> None:
-    check(case, end_like(case, "tensorflow"))
+@pytest.mark.parametrize("feed", FEEDS)
+@pytest.mark.parametrize("case", FRAMEWORK_CASES, ids="-".join)
+def test_the_end_of_a_trainer_with_a_framework_is_its_own(case: tuple[str, ...], feed: str) -> None:
+    check(case, end_like(case, feed))
