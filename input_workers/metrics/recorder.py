@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 from input_workers.contracts import FetchRequest
-from input_workers.metrics.device_recorder import DeviceRecorder
 from input_workers.errors import LifecycleError
+from input_workers.metrics.device_recorder import DeviceRecorder
 from input_workers.metrics.histogram import BUCKETS_SECONDS, SAMPLES_BEFORE_FOLDING, Durations, Histogram, PartNames
 from input_workers.metrics.trace import FetcherTrack, SourceTrace, Span, Track
 from input_workers.metrics.windows import Counters, Marks
@@ -215,8 +215,8 @@ class SourceRecorder:
         with self._lock:
             if self.trace is not None:
                 raise LifecycleError(
-                    f"a trace of this source runs already, into {self.trace.whole.path!r}, for {self.trace.whole.seconds:g} s; "
-                    "wait for its end"
+                    f"source {trace.source!r} is being traced already, into {self.trace.whole.path} for "
+                    f"{self.trace.whole.seconds:g} s; wait for the end of that one"
                 )
             self.trace = trace
             for recorder in self._fetchers:

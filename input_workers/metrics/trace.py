@@ -49,17 +49,17 @@ class Track:
     Attributes:
         name: of the row.
         process: whose it is, as (process id, name); None: this one.
-        call: what a call of the fetch function is called here.
+        call, failed_call: what those of the fetch function are called here.
         spans: what has been added; of spans inside each other the inner ones come first.
         now: what a trainer does, and since when; None: nobody knows.
     """
 
-    __slots__ = ("_room", "call", "name", "now", "process", "spans")
+    __slots__ = ("_room", "call", "failed_call", "name", "now", "process", "spans")
 
-    def __init__(self, name: str, room: Room, process: tuple[int, str] | None = None, call: str = "call") -> None:
+    def __init__(self, name: str, room: Room, process: tuple[int, str] | None = None) -> None:
         self.name = name
         self.process = process
-        self.call = call
+        self.call, self.failed_call = "call", "failed call"
         self.spans: list[Span] = []
         self.now: tuple[str, float, str] | None = None
         self._room = room
@@ -93,8 +93,10 @@ class FetcherTrack(Track):
 
     __slots__ = ("_source", "_worker", "_worker_id", "trace")
 
-    def __init__(self, trace: Trace, source: str, worker_id: int, call: str) -> None:
-        super().__init__(f"fetcher-{source}-{worker_id}", trace.room, call=call)
+    def __init__(self, trace: Trace, source: str, worker_id: int, in_process: bool) -> None:
+        super().__init__(f"fetcher-{source}-{worker_id}", trace.room)
+        if in_process:  # which makes the calls, while its thread here waits
+            self.call = self.failed_call = "waiting for the worker"
         self.trace = trace
         self._source = source
         self._worker_id = worker_id
@@ -120,6 +122,7 @@ class Trace:
         sources: what is recorded of each.
         trainers: the tracks of threads that took batches, by thread.
         workers: the tracks of worker processes.
+        depths: of queues, as (when, of which, how many batches).
     """
 
     def __init__(self, path: str, seconds: float) -> None:
@@ -131,6 +134,12 @@ class Trace:
         self.sources: list[SourceTrace] = []
         self.trainers: dict[int, Track] = {}
         self.workers: list[Track] = []
+        self.depths: list[tuple[float, str, float]] = []
+
+    def add_depth(self, now: float, queue: str, batches: float) -> None:
+        """Add how many batches wait in a queue. The tracing thread's."""
+        if self.room.take():
+            self.depths.append((now, queue, batches))
 
     def trainer(self, thread: int | None = None) -> Track:
         """Return the track of a trainer's thread: of the calling one."""
@@ -147,6 +156,7 @@ class SourceTrace:
 
     Attributes:
         whole: with the other sources.
+        source: its name.
         enqueuer: the track of its enqueuer.
         fetchers: its fetchers, with their tracks.
     """
@@ -155,11 +165,11 @@ class SourceTrace:
         self.whole = whole
         self.enqueuer = Track(f"enqueuer-{source}", whole.room)
         self.fetchers: list[tuple[FetcherRecorder, FetcherTrack]] = []
-        self._source = source
-        self._call = "waiting for the worker" if in_processes else "call"
+        self.source = source
+        self._in_processes = in_processes
 
     def fetcher(self, recorder: FetcherRecorder) -> FetcherTrack:
         """Return the track of a fetcher."""
-        track = FetcherTrack(self.whole, self._source, recorder.worker_id, self._call)
+        track = FetcherTrack(self.whole, self.source, recorder.worker_id, self._in_processes)
         self.fetchers.append((recorder, track))
         return track
