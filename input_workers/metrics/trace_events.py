@@ -53,14 +53,17 @@ def text_of(trace: Trace, ended: float, going_on: Iterable[tuple[Track, Span]]) 
         tracks += [source.enqueuer, *(track for _, track in source.fetchers)]
     is_cut = trace.room.used_up_at <= ended
     about = {
+        "began_monotonic": trace.began,  # of this machine's clock: to lay other traces beside it
         "asked_seconds": trace.seconds,
-        "seconds": ended - trace.began,
+        "seconds": round(ended - trace.began, 9),
         "is_cut": is_cut,
         "note": f"it ended early: more than {MOST_EVENTS} events" if is_cut else "",
     }
     yield f'{{"displayTimeUnit": "ms", "otherData": {json.dumps(about)}, "traceEvents": [\n'
     yield _named("process_name", pid, 0, "trainer")
-    for number, track in enumerate((*tracks, *trace.workers), 1):
+    yield ",\n" + _named("thread_name", pid, 0, "queues")
+    workers = sorted(trace.workers, key=lambda track: track.process or (0, ""))
+    for number, track in enumerate((*tracks, *workers), 1):
         spans = _clipped(track.spans, trace.began, ended)
         if not spans:
             continue
