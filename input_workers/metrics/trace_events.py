@@ -72,14 +72,14 @@ def text_of(trace: Trace, ended: float, going_on: Iterable[tuple[Track, Span]]) 
             yield ",\n" + _named("process_name", of, 0, track.process[1])
         yield ",\n" + _named("thread_name", of, tid, track.name)
         yield f',\n{{"ph": "M", "name": "thread_sort_index", "pid": {of}, "tid": {tid}, "args": {{"sort_index": {number}}}}}'
+        heads: dict[str, str] = {}  # by name: there are many events and few names
         for name, since, until, detail, is_open in spans:
-            args = {} if detail is None else {"request" if isinstance(detail, int) else "device": detail}
-            if is_open:
-                args["unfinished"] = True
-            yield (
-                f',\n{{"ph": "X", "name": {json.dumps(name)}, "pid": {of}, "tid": {tid}, "ts": {_us(since)}, '
-                f'"dur": {_us(until - since)}, "args": {json.dumps(args)}}}'
-            )
+            head = heads.get(name)
+            if head is None:
+                quoted = json.dumps(str(name)[:MAX_NAME_CHARS])
+                head = heads[name] = f',\n{{"ph": "X", "name": {quoted}, "pid": {of}, "tid": {tid}, "ts": '
+            args = "{}" if detail is None and not is_open else _args(detail, is_open)
+            yield f'{head}{_us(since)}, "dur": {_us(until - since)}, "args": {args}}}'
     for now, queue, batches in trace.depths:
         if now < ended:
             yield (
@@ -98,9 +98,16 @@ def _clipped(spans: list[Span], began: float, ended: float) -> list[tuple[str, i
     for name, since, until, detail in spans:
         if since < ended and until >= began:
             ns = max(0, _ns(since, began)), _ns(min(until, ended), began)
-            found.append((str(name)[:MAX_NAME_CHARS], *ns, detail, until > ended))
+            found.append((name, *ns, detail, until > ended))
     found.sort(key=lambda span: (span[1], -span[2]))
     return found
+
+
+def _args(detail: Any, is_open: bool) -> str:
+    args = {} if detail is None else {"request" if isinstance(detail, int) else "device": detail}
+    if is_open:
+        args["unfinished"] = True
+    return json.dumps(args)
 
 
 # Of a part of a fetch function, whose name may be anything.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -168,6 +169,24 @@ def test_all_sources_go_into_one_file(coordinator: iw.GlobalCoordinator, tmp_pat
     assert not any("done" in row for row in rows)
 
 
+def test_a_source_that_is_started_again_meanwhile_is_in_it_again(coordinator: iw.GlobalCoordinator, tmp_path: Path) -> None:
+    gate = Gate()
+    source = register(coordinator, gate)
+    register(coordinator, endless, name="test")
+    coordinator.start()
+    trace = coordinator.trace(tmp_path / "t", LONG)
+    for _ in range(2):
+        gate.release(4)
+        source.next_batch()
+        gate.end()
+        source.stop()
+        coordinator.start()
+    gate.end()
+    coordinator.stop()
+    calls = check_trace(Path(trace.wait(HANG_SECONDS))).spans("call", "fetcher-train-")
+    assert len([span for span in calls if not span.is_open]) == 2
+
+
 @pytest.mark.parametrize("path", ["missing/t.json", ".", "device"])
 def test_a_path_that_cannot_be_written_is_an_error_at_once(
     coordinator: iw.GlobalCoordinator, tmp_path: Path, path: str
@@ -246,6 +265,29 @@ def test_when_it_is_full_it_ends_for_all_at_once_and_says_so(
     assert checked.about["is_cut"]
     assert checked.about["seconds"] < HANG_SECONDS
     assert checked.marks == ["no room for more events"]
+
+
+def test_a_forked_child_is_told_that_the_trace_is_not_its_own(coordinator: iw.GlobalCoordinator, tmp_path: Path) -> None:
+    source = register(coordinator, endless)
+    coordinator.start()
+    trace = source.trace(tmp_path / "t", LONG)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(5)
+            source.stop()
+            trace.wait()
+        except iw.LifecycleError:
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert os.listdir(tmp_path) == []
+    trace.request_stop()
+    check_trace(Path(trace.wait(HANG_SECONDS)))
 
 
 def test_an_interpreter_that_ends_meanwhile_leaves_a_whole_file(tmp_path: Path) -> None:
