@@ -89,6 +89,7 @@ def test_the_calls_are_those_that_were_made(
         assert all(span.seconds >= seconds for span in shown)
         if not late:
             assert sum(span.seconds for span in shown) == pytest.approx(after.fetch_parts[part].seconds, abs=EXACT)
+    assert len(checked.spans("waiting for chunks", "enqueuer-train")) >= 10
     assert len(checked.spans("send")) == len(checked.spans("filling")) == after.batches_delivered == 40
     assert sum(span.seconds for span in checked.spans("waiting for a batch")) == pytest.approx(
         after.consumer_wait_seconds, abs=EXACT
@@ -222,19 +223,48 @@ def test_a_worker_that_takes_anothers_place_has_a_row_of_its_own(
     assert len(checked.spans("waiting for the worker", "fetcher-train-0")) == 10
 
 
-def test_a_fetcher_without_data_is_shown_as_such(coordinator: iw.GlobalCoordinator, tmp_path: Path) -> None:
-    calls = itertools.count()
+@pytest.mark.parametrize("fetchers", ["thread", "process"])
+def test_a_function_without_data_and_its_end_are_shown_as_such(
+    coordinator: iw.GlobalCoordinator, tmp_path: Path, door: Door, fetchers: Any
+) -> None:
+    calls, knocker = itertools.count(), Knocker(door.address)
 
     def seldom(worker_id: int, batch_size: int) -> Any:
         number = next(calls)
+        if number == 0:
+            knocker.knock()
         if number == 30:
             raise iw.EndOfData
-        return [np.zeros((4, 2)), np.zeros(4)] if number % 3 == 0 else None
+        return [np.zeros((4, WIDTH)), np.zeros(4)] if number % 3 == 0 else None
 
-    gate = Gate()
-    source = register(coordinator, lambda worker_id, rows: gate(worker_id, rows) or seldom(worker_id, rows))
+    source = register(coordinator, seldom, fetchers=fetchers)
     coordinator.start()
-    gate.await_calls()
-    checked, stats = traced_to_the_end(source, tmp_path / "t", gate.open)
-    assert len(checked.spans("call", "fetcher-train-0")) == stats.fetch.count == 30
+    door.await_knock()
+    checked, stats = traced_to_the_end(source, tmp_path / "t", door.open)
+    row = ("fetcher-train-", "trainer") if fetchers == "thread" else ("fetch function", "worker ")
+    assert len(checked.spans("call", *row)) == stats.fetch.count == 30
     assert len(checked.spans("no data", "fetcher-train-0")) == 20
+    assert not checked.spans("failed call")
+
+
+def test_calls_whose_small_chunks_are_sent_as_one_are_one(
+    coordinator: iw.GlobalCoordinator, tmp_path: Path, door: Door
+) -> None:
+    calls, knocker = itertools.count(), Knocker(door.address)
+
+    def small(worker_id: int, batch_size: int) -> Any:
+        number = next(calls)
+        if number == 0:
+            knocker.knock()
+        if number == 300:
+            raise iw.EndOfData
+        time.sleep(0.02 if number % 40 == 39 else 0.0002)  # rows do not wait for the slow one: another thread sends them
+        return [np.zeros((1, 2)), np.zeros(1)]
+
+    source = register(coordinator, small, fetchers="process")
+    coordinator.start()
+    door.await_knock()
+    checked, stats = traced_to_the_end(source, tmp_path / "t", door.open)
+    shown = checked.spans("call", "fetch function")
+    assert 20 <= len(shown) == stats.fetch.count <= 300
+    assert sum(span.seconds for span in shown) >= 7 * 0.02

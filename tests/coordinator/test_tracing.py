@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -136,15 +137,17 @@ def test_what_hangs_is_in_the_file(coordinator: iw.GlobalCoordinator, tmp_path: 
 def test_a_second_one_is_refused_while_the_first_goes_on(coordinator: iw.GlobalCoordinator, tmp_path: Path) -> None:
     source, other = register(coordinator, endless), register(coordinator, endless, name="other")
     coordinator.start()
-    first = source.trace(tmp_path / "first", LONG)
-    for refused in (source.trace, coordinator.trace):
-        with pytest.raises(iw.LifecycleError, match=r"'train' is being traced already, into .*first for 600 s"):
+    first = other.trace(tmp_path / "first", LONG)
+    for refused in (other.trace, coordinator.trace):
+        with pytest.raises(iw.LifecycleError, match=r"'other' is being traced already, into .*first for 600 s"):
             refused(tmp_path / "second", SHORT)
-        assert not is_traced(other)
+        assert not is_traced(source)
+        assert is_traced(other)
     first.request_stop()
     first.wait(HANG_SECONDS)
     coordinator.trace(tmp_path / "second", SHORT).wait(HANG_SECONDS)
     assert not is_traced(source)
+    assert not is_traced(other)
     assert sorted(os.listdir(tmp_path)) == ["first", "second"]
 
 
@@ -229,6 +232,24 @@ def test_the_old_file_stays_until_the_new_one_is_whole(coordinator: iw.GlobalCoo
     trace.request_stop()
     check_trace(Path(trace.wait(HANG_SECONDS)))
     assert os.listdir(tmp_path) == ["t"]
+
+
+def test_a_file_that_can_only_be_written_in_part_leaves_the_old_one(
+    coordinator: iw.GlobalCoordinator, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    (tmp_path / "t").write_text("old")
+    source = register(coordinator, endless)
+    coordinator.start()
+    trace = source.trace(tmp_path / "t", LONG)
+    source.next_batch()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    trace.request_stop()
+    with pytest.raises(iw.InputWorkersError, match="File too large"):
+        trace.wait(HANG_SECONDS)
+    assert os.listdir(tmp_path) == ["t"]
+    assert (tmp_path / "t").read_text() == "old"
 
 
 def test_only_what_runs_can_be_traced(coordinator: iw.GlobalCoordinator, tmp_path: Path) -> None:
