@@ -196,8 +196,8 @@ class DataInputCoordinator:
         were in each queue. Worker processes have their own rows, and the times of their own clock; their parts begin with
         the second call after the trace did. With `num_workers=0` the rows are roles of the trainer's one thread.
 
-        While it runs, it takes a microsecond or two an event. A trace of 200,000 events (some 30 MB) ends early and says
-        so. It also ends, with what there is, when the source does.
+        While it runs, it takes about a microsecond an event. A trace of 200,000 events (60 MB at most) ends early and says so.
+        It also ends, with what there is, when the source does.
 
         Args:
             path: of the file, in Chrome's Trace Event Format; it appears whole or not at all, when the trace has ended.

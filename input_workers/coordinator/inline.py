@@ -108,8 +108,8 @@ class InlineFetcher:
             self._in_use.release()
             now = time.monotonic()
             device.recorder.end_wait(thread, now)
-            if device.recorder.trace is not None:
-                device.recorder.trace.whole.trainer().add("waiting for a batch", started, now)
+            if (trace := device.recorder.trace) is not None:
+                trace.whole.trainer().add("waiting for a batch", started, now)
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait until nobody is in `provide`, and account for what is held; return (name, stack) of who still is."""

@@ -92,8 +92,8 @@ class Device:
         finally:
             now = time.monotonic()
             recorder.feed = so_far + now - started, math.inf
-            if recorder.trace is not None:
-                recorder.trace.enqueuer.add("send", started, now, self.name)
+            if (trace := recorder.trace) is not None:
+                trace.enqueuer.add("send", started, now, self.name)
         recorder.sent += 1
         return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch, slot.parts))
 

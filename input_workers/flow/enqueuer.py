@@ -186,8 +186,8 @@ class Enqueuer:
                 if rows:
                     self._chunks.release(copied, rows, rows * self._row_nbytes)
                 del copied  # or they would live until the next batch
-            if recorder.trace is not None:
-                recorder.trace.enqueuer.add("filling", started, time.monotonic())
+            if (trace := recorder.trace) is not None:
+                trace.enqueuer.add("filling", started, time.monotonic())
             full = slot.filled == slot.rows
             del slot  # the trainer may let go of the batch before this frame ends
             if full:
@@ -307,8 +307,8 @@ class Enqueuer:
         finally:
             now = time.monotonic()
             recorder.enqueuer_blocked = recorder.enqueuer_blocked[0] + now - started, math.inf
-            if recorder.trace is not None:
-                recorder.trace.enqueuer.add("waiting for room", started, now, device.name)
+            if (trace := recorder.trace) is not None:
+                trace.enqueuer.add("waiting for room", started, now, device.name)
 
     def _await_chunks(self) -> None:
         recorder = self._recorder
@@ -317,8 +317,8 @@ class Enqueuer:
         self._sleep(started)
         now = time.monotonic()
         recorder.enqueuer_starved = so_far + now - started, math.inf
-        if recorder.trace is not None:
-            recorder.trace.enqueuer.add("waiting for chunks", started, now)
+        if (trace := recorder.trace) is not None:
+            trace.enqueuer.add("waiting for chunks", started, now)
 
     def _sleep(self, now: float) -> None:
         self._recorder.mark(now)

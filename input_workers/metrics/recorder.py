@@ -68,7 +68,7 @@ class FetcherRecorder:
         alive: the fetcher has begun and not ended.
         attempt: what is fetched in place of a call that failed.
         abandoned: its call took too long, and what it returns is discarded.
-        trace: where to note what it does; None: no trace runs.
+        trace: where to note what it does; None: no trace runs. Another thread may set it at any moment: look once.
     """
 
     # Invariant under _claim: a call that `abandon` has taken away never ends; one that has ended is not taken away.
@@ -107,8 +107,9 @@ class FetcherRecorder:
         self.cpu = self.cpu[0] + cpu, *self.cpu[1:]
         for name, durations in parts:
             (self.parts.get(name) or self.part(name)).add(durations)
-        if isinstance(self.trace, FetcherTrack):
-            self.trace.add_from(pid, [*spans, (call, began, ended, request)] if began and call else spans)
+        trace = self.trace
+        if isinstance(trace, FetcherTrack):
+            trace.add_from(pid, [*spans, (call, began, ended, request)] if began and call else spans)
 
     def begin_work(self) -> None:
         """The fetcher's thread begins; to be called in it."""
@@ -221,7 +222,7 @@ class SourceRecorder:
             self.trace = trace
             for recorder in self._fetchers:
                 recorder.trace = trace.fetcher(recorder)
-            for device in self.devices.values():
+            for device in list(self.devices.values()):
                 device.trace = trace
 
     def end_trace(self) -> None:
@@ -230,7 +231,7 @@ class SourceRecorder:
             self.trace = None
             for recorder in self._fetchers:
                 recorder.trace = None
-            for device in self.devices.values():
+            for device in list(self.devices.values()):
                 device.trace = None
 
     def drop(self, reason: str, rows: int) -> None:

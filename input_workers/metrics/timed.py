@@ -59,8 +59,8 @@ class _Timed:
         samples.append(seconds)
         if len(samples) >= PART_SAMPLES_BEFORE_FOLDING:
             histogram.fold()
-        if recorder.trace is not None:
-            recorder.trace.add(self._part, self._started, self._started + seconds)
+        if (trace := recorder.trace) is not None:
+            trace.add(self._part, self._started, self._started + seconds)
 
 
 def timed(part: str) -> _Timed:

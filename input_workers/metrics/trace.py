@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_EVENTS", "FetcherTrack", "Room", "SourceTrace", "Span", "Trace", "Track"]
 
-# A trace ends when it has so many: some 30 MB here, and 20 MB of file, which the viewers still show.
+# A trace ends when it has so many: some 30 MB, as much again to write it, and 20 MB of file.
 MOST_EVENTS = 200_000
 
 # What it was, when it began and ended (`time.monotonic()`), and a word more, or None.
