@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +20,7 @@ from metrics.trace_checker import Checked, check_trace
 
 import input_workers as iw
 from input_workers.feeds import NumpyFeed
+from input_workers.metrics.trace import SourceTrace, Trace
 
 LONG = 600.0
 WIDTH = 1100  # values of a row: chunks of it go through blocks
@@ -268,3 +271,34 @@ def test_calls_whose_small_chunks_are_sent_as_one_are_one(
     shown = checked.spans("call", "fetch function")
     assert 20 <= len(shown) == stats.fetch.count <= 300
     assert sum(span.seconds for span in shown) >= 7 * 0.02
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_may_begin_and_end_between_any_two_steps_of_those_it_traces(
+    coordinator: iw.GlobalCoordinator, workers: int, request: pytest.FixtureRequest
+) -> None:
+    def timed(worker_id: int, batch_size: int) -> Any:
+        with iw.timed("read"):
+            return [np.zeros((4, 2)), np.zeros(4)]
+
+    source = register(coordinator, timed, num_workers=workers, max_buffered_batches=2, device_queue_depth=1)
+    coordinator.start()
+    interval = sys.getswitchinterval()
+    request.addfinalizer(lambda: sys.setswitchinterval(interval))
+    sys.setswitchinterval(1e-6)
+    done = threading.Event()
+    recorder = source._core.recorder
+
+    def toggle() -> None:
+        while not done.is_set():
+            recorder.begin_trace(SourceTrace(Trace("", LONG), "train", False))
+            recorder.end_trace()
+
+    thread = threading.Thread(target=toggle)
+    thread.start()
+    try:
+        for _ in range(3000):
+            source.next_batch()
+    finally:
+        done.set()
+        thread.join()

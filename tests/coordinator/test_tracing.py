@@ -18,7 +18,6 @@ from metrics.trace_checker import check_trace
 
 import input_workers as iw
 from input_workers.metrics import trace as trace_module
-from input_workers.metrics.trace import SourceTrace, Trace
 
 LONG = 600.0  # seconds: such a trace ends for another reason
 SHORT = 0.2
@@ -99,37 +98,6 @@ def test_a_stop_ends_it_and_waits_for_the_file(tmp_path: Path, by: str) -> None:
         trace.wait(0.0)
         coordinator.stop(HANG_SECONDS)
     assert check_trace(tmp_path / "t").spans("next_batch")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_it_may_begin_and_end_between_any_two_steps_of_those_it_traces(
-    coordinator: iw.GlobalCoordinator, workers: int, request: pytest.FixtureRequest
-) -> None:
-    def timed(worker_id: int, batch_size: int) -> Any:
-        with iw.timed("read"):
-            return endless(worker_id, batch_size)
-
-    source = register(coordinator, timed, num_workers=workers, max_buffered_batches=2, device_queue_depth=1)
-    coordinator.start()
-    interval = sys.getswitchinterval()
-    request.addfinalizer(lambda: sys.setswitchinterval(interval))
-    sys.setswitchinterval(1e-6)
-    done = threading.Event()
-    recorder = source._core.recorder
-
-    def toggle() -> None:
-        while not done.is_set():
-            recorder.begin_trace(SourceTrace(Trace("", SHORT), "train", False))
-            recorder.end_trace()
-
-    thread = threading.Thread(target=toggle)
-    thread.start()
-    try:
-        for _ in range(3000):
-            source.next_batch()
-    finally:
-        done.set()
-        thread.join()
 
 
 def test_it_can_be_ended_early(coordinator: iw.GlobalCoordinator, tmp_path: Path) -> None:
