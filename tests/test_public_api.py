@@ -34,6 +34,8 @@ LAYERS: list[set[str]] = [
         "metrics.recorder",
         "metrics.snapshot",
         "metrics.timed",
+        "metrics.trace",
+        "metrics.trace_events",
         "metrics.verdict",
         "metrics.windows",
     },

@@ -18,6 +18,7 @@ from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.coordinator.source_core import LAST_CALL_SECONDS, SourceCore
 from input_workers.coordinator.state_file import load_file, save_file
 from input_workers.coordinator.state_of_all import load_all, state_of_all
+from input_workers.coordinator.tracing import Tracing
 from input_workers.errors import ConfigError, LifecycleError
 from input_workers.feeds import Feed
 from input_workers.lifecycle import State
@@ -277,6 +278,10 @@ class GlobalCoordinator:
             core.devices[core.device_name(name_scope)] = device
             if core.run is not None:
                 core.run.retarget(core.device_name(name_scope), device)
+
+    def trace(self, path: str | os.PathLike[str], seconds: float = 5.0) -> Tracing:
+        """Record every source that runs into one file; see `DataInputCoordinator.trace`."""
+        return Tracing([core for _, core in self._copy()], path, seconds)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where every Stream is; see `DataInputCoordinator.state_dict`. Plain functions have no position."""

@@ -70,13 +70,13 @@ class InlineFetcher:
         """
         if not device.is_empty:
             return
+        thread, started = threading.get_ident(), time.monotonic()
         if not self._in_use.acquire(blocking=False):
             raise LifecycleError(
                 f"source {self._source!r}: with num_workers=0 one thread reads at a time, and not from its own fetch function"
             )
-        thread = threading.get_ident()
         try:
-            device.recorder.begin_wait(thread, time.monotonic())
+            device.recorder.begin_wait(thread, started)
             self._user = threading.current_thread()
             self._wanted_by = device
             device.asked()
@@ -106,7 +106,10 @@ class InlineFetcher:
         finally:
             self._user = None
             self._in_use.release()
-            device.recorder.end_wait(thread, time.monotonic())
+            now = time.monotonic()
+            device.recorder.end_wait(thread, now)
+            if (trace := device.recorder.trace) is not None:
+                trace.whole.trainer().add("waiting for a batch", started, now)
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """Wait until nobody is in `provide`, and account for what is held; return (name, stack) of who still is."""

@@ -13,10 +13,12 @@ from input_workers.coordinator.attribution import attribute
 from input_workers.coordinator.reporter import LoggerFeed, Ticker
 from input_workers.coordinator.run import Run
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
+from input_workers.coordinator.tracing import Tracing
 from input_workers.errors import ConfigError, LifecycleError, StateMismatch
 from input_workers.fetchers.chunk_check import SpecBook
 from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, FetcherRecorder, Histogram, SourceRecorder, waited
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
+from input_workers.metrics.trace import Trace
 from input_workers.policy import Quarantine
 from input_workers.sources.state import Position, position_of, state_of
 from input_workers.sources.stream import Stream, check_whole
@@ -52,6 +54,7 @@ class SourceCore:
         self._loaded: Position | None = None  # where the next run begins
         self._tickers: list[Ticker] = []  # those of external loggers; changed by starting and stopping only
         self._prepared_tickers: list[Ticker] = []
+        self.tracing: Tracing | None = None  # set while it goes on, by itself
 
     def device_name(self, name_scope: str) -> str:
         """Return "gpu_0/train", or "train" without a scope."""
@@ -147,6 +150,9 @@ class SourceCore:
         hanging = [(ticker, ticker.join(deadline)) for ticker in self._tickers]
         self._tickers = [ticker for ticker, alive in hanging if alive]
         stuck += tuple(StuckThread(*each) for _, alive in hanging for each in alive)
+        tracing = self.tracing
+        if tracing is not None and tracing.is_over:
+            stuck += tuple(StuckThread(*each) for each in tracing.stop(deadline))
         return stuck, wrong
 
     def has_thread(self, thread: threading.Thread) -> bool:
@@ -234,8 +240,7 @@ class SourceCore:
         fetchers = self.recorder.fetchers()
         total = FetcherRecorder.merged(fetchers)
         calls = _histogram(total.calls)
-        weight, nbytes = run.chunks.charged if run is not None else (0, 0)
-        unit = max(device.batch_size for device in self.devices.values()) if self.settings.rebatch else 1
+        queue_depth, queue_bytes = self._queued()
         devices = {name: self._device_stats(name, now) for name in self.devices}
         wait = sum(device.wait_seconds for device in devices.values())
         enqueuer_busy = sum(device.send.seconds for device in devices.values())
@@ -252,8 +257,8 @@ class SourceCore:
             rows_padded=sum(device.rows_padded for device in devices.values()),
             batches_delivered=sum(device.batches_delivered for device in devices.values()),
             inputs_per_second=sum(device.inputs_per_second for device in devices.values()),
-            queue_depth=weight / unit,
-            queue_bytes=nbytes,
+            queue_depth=queue_depth,
+            queue_bytes=queue_bytes,
             block_bytes=run.block_bytes if run is not None else 0,
             device_queue_depth=sum(device.queue_depth for device in devices.values()),
             fetch_errors=MappingProxyType(total.errors),
@@ -275,6 +280,17 @@ class SourceCore:
             workers=MappingProxyType(self.recorder.workers(now)),
             history=self.recorder.marks.history(self.recorder.read(now)) if run is not None else (),
         )
+
+    def _queued(self) -> tuple[float, int]:
+        """Return (batches' worth, bytes) of what waits for the enqueuer."""
+        weight, nbytes = self.run.chunks.charged if self.run is not None else (0, 0)
+        return weight / (max(device.batch_size for device in self.devices.values()) if self.settings.rebatch else 1), nbytes
+
+    def note_depths(self, trace: Trace, now: float) -> None:
+        """Note in a trace how many batches wait in each queue."""
+        trace.add_depth(now, f"chunk queue of {self.settings.name}", self._queued()[0])
+        for name, device in self.run.devices.items() if self.run is not None else ():
+            trace.add_depth(now, f"device queue of {name}", len(device.queue))
 
     def _device_stats(self, name: str, now: float) -> DeviceStats:
         recorder = self.device_recorders[name]

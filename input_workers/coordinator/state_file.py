@@ -9,11 +9,12 @@ import json
 import os
 import secrets
 import stat
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO
 
 from input_workers.errors import StateMismatch
 
-__all__ = ["load_file", "save_file", "sync_folder"]
+__all__ = ["check_writable", "load_file", "replacing", "save_file", "sync_folder"]
 
 
 def save_file(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -24,22 +25,26 @@ def save_file(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     Raises:
         OSError: it cannot be written; the old file is intact.
     """
-    path = os.path.realpath(os.fsdecode(path))  # else a link would be replaced, not what it names
-    folder, name = os.path.split(path)
     text = json.dumps(state, sort_keys=True)
-    content = json.dumps({"sha256": _digest(text), "state": state}, sort_keys=True) + "\n"
-    mode: int | None = None
-    with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(path).st_mode
-    if mode is not None and not stat.S_ISREG(mode):  # nobody wants /dev/null replaced
-        raise OSError(errno.EINVAL, "not a regular file", path)
-    # Beside the file, because only within a file system is replacing one step. The process and a random number name it.
-    temporary = os.path.join(folder, f".{name[:MAX_NAME_CHARS]}.{os.getpid()}-{secrets.token_hex(8)}")
+    with replacing(path) as file:
+        file.write(json.dumps({"sha256": _digest(text), "state": state}, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[TextIO]:
+    """Write a text file whole or not at all: it is there when the block ends, and is as it was if that raises.
+
+    As with any file that is written: a symbolic link is followed, an old file's mode is kept, a new one's is by the umask.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path, temporary, mode = _places(path)
     try:
         with open(temporary, "x", encoding="utf-8") as file:
             if mode is not None:
                 os.fchmod(file.fileno(), stat.S_IMODE(mode))
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -48,7 +53,27 @@ def save_file(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
             os.unlink(temporary)
         raise
     with contextlib.suppress(PermissionError):  # of a folder that may be written to but not read
-        sync_folder(folder)
+        sync_folder(os.path.dirname(path))
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OSError if `replacing` could not begin. The file stays as it is."""
+    _, temporary, _ = _places(path)
+    with open(temporary, "x", encoding="utf-8"):
+        os.unlink(temporary)
+
+
+def _places(path: str | os.PathLike[str]) -> tuple[str, str, int | None]:
+    """Return where the file is, where to write it first, and its mode, if there is one. Raises OSError: it is no file."""
+    path = os.path.realpath(os.fsdecode(path))  # else a link would be replaced, not what it names
+    folder, name = os.path.split(path)
+    mode: int | None = None
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(path).st_mode
+    if mode is not None and not stat.S_ISREG(mode):  # nobody wants /dev/null replaced
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    # Beside the file, because only within a file system is replacing one step. The process and a random number name it.
+    return path, os.path.join(folder, f".{name[:MAX_NAME_CHARS]}.{os.getpid()}-{secrets.token_hex(8)}"), mode
 
 
 # Of the file's name, in its temporary one, which may have 255 bytes.

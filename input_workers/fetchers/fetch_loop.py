@@ -175,6 +175,8 @@ def fetch_loop(
                     recorder.request = None
                     result, request = calls.next(recorder)  # type: ignore[union-attr]
             except Exception as error:
+                if (trace := recorder.trace) is not None and attempt is None and not isinstance(error, EndOfData):
+                    trace.add(trace.failed_call, now, clock(), index_of(recorder.request))
                 recorder.end_call()
                 if recovery is None or attempt is not None or isinstance(error, EndOfData):
                     raise
@@ -187,6 +189,8 @@ def fetch_loop(
             if attempt is not None and not attempt.is_over:
                 break
             started, now = now, clock()
+            if (trace := recorder.trace) is not None and attempt is None:
+                trace.add(trace.call, started, now, index_of(request))
             if owns_results:  # made in a worker process, which says how long it took
                 started = recorder.call_started
             if can_be_abandoned:
@@ -214,7 +218,9 @@ def fetch_loop(
                 recorder.call_started = math.inf
                 back_off = back_off or BackOff(source, recorder.worker_id)
                 idle(back_off.next_seconds())
-                now = clock()
+                started, now = now, clock()
+                if (trace := recorder.trace) is not None:
+                    trace.add("no data", started, now)
                 continue
             back_off = None
             recorder.rows += rows
@@ -232,6 +238,8 @@ def fetch_loop(
             taken = chunks.put(chunk)
             started, now = now, clock()
             recorder.blocked = recorder.blocked[0] + now - started, math.inf
+            if (trace := recorder.trace) is not None:
+                trace.add("waiting for room", started, now)
             if not taken:
                 recorder.stopped_rows += rows
                 break
@@ -252,6 +260,11 @@ def fetch_loop(
         recorder.call_started = math.inf
         recorder.alive = False
     return False
+
+
+def index_of(request: FetchRequest | None) -> int | None:
+    """Return the request's number, if it has one."""
+    return None if request is None else request.index
 
 
 def again(calls: Calls, worker_id: int) -> Callable[[FetchRequest | None], Any]:

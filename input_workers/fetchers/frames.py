@@ -3,9 +3,10 @@
 To the worker go lists of: (GRANT, block, nbytes, is_new, is_needed, gone), a block to put the next chunk in, whose descriptor
 follows if it is new, and the numbers of blocks that are no more; (REFUSE, errno, text, is_needed): there is no memory for
 one; (REQUEST, index, epoch, rows, batch_size, key), a Stream's; (CALL, batch_size), a plain function's; (SPECS, specs), when
-they are known. From it come: (READY, seconds); (CHUNK, block, layout, seconds), in the granted block; (INLINE, arrays,
-seconds), where they are small; (OTHER, pickled or None, kinds, is_sequence, seconds): no chunk; (NEED, nbytes): grant a
-block that large; (ERROR, ...), see `raised`; (END, seconds): the function has no more data.
+they are known; (TRACE, until): tell the times of parts one by one. From it come: (READY, seconds); (CHUNK, block, layout,
+told), in the granted block; (INLINE, arrays, told), where they are small; (OTHER, pickled or None, kinds, is_sequence, told):
+no chunk; (NEED, nbytes): grant a block that large; (ERROR, ..., told), see `raised`; (END, told): the function has no more
+data. `told` is what the worker's calls did since the answer before, see `metrics.recorder.Told`.
 
 Every request and call is answered by one of CHUNK, INLINE, OTHER, ERROR and END, in their order. At most one block is granted
 and not used. Once a chunk has come in a block, the parent grants one before it waits for the next answer. NEED takes the
@@ -39,6 +40,7 @@ __all__ = [
     "REFUSE",
     "REQUEST",
     "SPECS",
+    "TRACE",
     "Frame",
     "Link",
     "raised",
@@ -46,7 +48,7 @@ __all__ = [
     "receive_descriptors",
 ]
 
-GRANT, REFUSE, REQUEST, CALL, SPECS, READY, CHUNK, INLINE, OTHER, NEED, ERROR, END = range(12)
+GRANT, REFUSE, REQUEST, CALL, SPECS, TRACE, READY, CHUNK, INLINE, OTHER, NEED, ERROR, END = range(13)
 
 Frame: TypeAlias = tuple[Any, ...]
 

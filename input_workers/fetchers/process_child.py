@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import faulthandler
-import fcntl
 import os
 import pickle
 import random
@@ -20,6 +19,7 @@ import numpy as np
 
 from input_workers.contracts import ArraySpec, FetchRequest
 from input_workers.errors import EndOfData, InputWorkersError
+from input_workers.fetchers.call_account import CallAccount
 from input_workers.fetchers.frames import (
     CHUNK,
     END,
@@ -32,14 +32,16 @@ from input_workers.fetchers.frames import (
     REFUSE,
     REQUEST,
     SPECS,
+    TRACE,
     Frame,
     Link,
     raised,
 )
 from input_workers.fetchers.packed_calls import SENT, PackedCalls
-from input_workers.fetchers.worker_job import Job
+from input_workers.fetchers.worker_job import Job, die_with_parent
 from input_workers.fetchers.worker_seeds import seed_by, seed_late_comers
 from input_workers.leases import ALIGNMENT_BYTES, map_block
+from input_workers.metrics.timed import fetcher_here
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,18 +104,22 @@ class Worker:
         self._specs: list[ArraySpec] | None = None
         self._offered: list[NDArray[Any]] | None = None
         self._ended = False
-        self._waited = 0.0  # of the call in the making, for a block: no time of the function's
+        self._account = CallAccount(job.worker_id)
         self._calls = PackedCalls(self._fetch, job.worker_id, self._send_packed)
 
     def run(self) -> None:
         """Serve until the parent closes the pipe."""
         Worker.of_this_process = self
+        with fetcher_here(self._account.recorder):
+            self._serve()
+
+    def _serve(self) -> None:
         while True:
             while not self._todo:
                 self._receive()
             frame = self._todo.popleft()
-            started = time.monotonic()
-            self._waited = 0.0
+            account = self._account
+            account.begin_call()
             request: _Request | None = None
             try:
                 if frame[0] == REQUEST:
@@ -124,20 +130,22 @@ class Worker:
                 else:
                     seed_late_comers()
                     result = self._calls.next(frame[1]) if self.job.packs else self._fetch(self.job.worker_id, frame[1])
-                seconds = time.monotonic() - started - self._waited
-                if result is not SENT:
-                    self._answer(result, seconds)
+                account.end_call()
+                if result is SENT:
+                    account.was_answered_early()
+                else:
+                    self._answer(result)
             except (ConnectionError, EOFError) as error:
                 if self._link.is_gone():
                     raise EOFError from error
-                self._link.send((*raised(error, _dumps), time.monotonic() - started))
+                self._link.send((*raised(error, _dumps), account.take()))
             except SystemExit:
                 raise
             except EndOfData:  # of a plain function: a Stream's source does not get through with it
                 self._ended = True
-                self._link.send((END, time.monotonic() - started))
+                self._link.send((END, account.take()))
             except BaseException as error:
-                self._link.send((*raised(error, _dumps), time.monotonic() - started))
+                self._link.send((*raised(error, _dumps), account.take()))
             if request is not None:
                 request.forget_worker()
             self._offered = result = request = None
@@ -169,7 +177,7 @@ class Worker:
         self._offered = self._arrays_in(self._block_of(nbytes), shapes, dtypes, offsets)
         return list(self._offered)
 
-    def _answer(self, result: Any, seconds: float) -> None:
+    def _answer(self, result: Any) -> None:
         """Send what the function returned."""
         if type(result) not in (list, tuple) or not all(map(_can_be_in_block, result)):
             try:
@@ -182,10 +190,10 @@ class Worker:
             kinds = [
                 (part.dtype, part.ndim) if _can_be_in_block(part) else type(part).__qualname__ for part in parts[:MAX_KINDS]
             ]
-            self._link.send((OTHER, content, kinds, parts is result, seconds))
+            self._link.send((OTHER, content, kinds, parts is result, self._account.take()))
             return
         if sum(array.nbytes for array in result) < INLINE_BELOW_NBYTES:
-            self._link.send((INLINE, [np.asarray(array) for array in result], seconds))
+            self._link.send((INLINE, [np.asarray(array) for array in result], self._account.take()))
             return
         shapes, dtypes = [array.shape for array in result], [array.dtype for array in result]
         offered = self._offered
@@ -200,18 +208,17 @@ class Worker:
             for target, array in zip(targets, result, strict=True):
                 np.copyto(target, array, casting="no")
         block, self._granted = self._granted, None
-        self._link.send((CHUNK, block, list(zip(shapes, dtypes, offsets, strict=True)), seconds))
+        self._link.send((CHUNK, block, list(zip(shapes, dtypes, offsets, strict=True)), self._account.take()))
         self._is_served = True
 
     def _send_packed(self, arrays: Sequence[NDArray[Any]], seconds: float) -> None:
-        self._link.send((INLINE, arrays, seconds))
+        self._link.send((INLINE, arrays, self._account.of_early_answer(seconds)))
 
     def _block_of(self, nbytes: int) -> memoryview:
         """Return the granted block; asks for one that is large enough, and waits for it. Raises OSError: no memory."""
-        started = time.monotonic()
-        while self._is_served and self._granted is None and self._refused is None:
-            self._receive()  # it is on its way, or will be when the chunk before this one was put
-        self._waited += time.monotonic() - started
+        with self._account.waiting():
+            while self._is_served and self._granted is None and self._refused is None:
+                self._receive()  # it is on its way, or will be when the chunk before this one was put
         if self._refused is None and (self._granted is None or len(self._blocks[self._granted]) < nbytes):
             self._granted = None
             self._needs = True
@@ -246,6 +253,8 @@ class Worker:
                 self._decide(frame[3], None, (frame[1], frame[2]))
             elif frame[0] == SPECS:
                 self._specs = frame[1]
+            elif frame[0] == TRACE:
+                self._account.trace(frame[1])
             else:
                 self._todo.append(frame)
 
@@ -273,27 +282,12 @@ def _dumps(value: Any) -> bytes:
     return bytes(cloudpickle.dumps(value))
 
 
-def _die_with_parent(life: int) -> None:
-    """Have the kernel kill this process when the parent's end of the silent pipe closes, whatever Python is doing then."""
-    if not hasattr(fcntl, "F_SETSIG"):  # not Linux: the closed pipe of requests ends it between two calls
-        return
-    # A description of its own: signals go to whom the last F_SETOWN on it named.
-    own = os.open(f"/proc/self/fd/{life}", os.O_RDONLY | os.O_NONBLOCK)
-    os.close(life)
-    fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
-    fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
-    fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
-    with contextlib.suppress(BlockingIOError):
-        if not os.read(own, 1):  # it was closed before we listened
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def serve(end: int, life: int) -> int:
     """Be a worker on these descriptors until the parent closes the pipe; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # handled once, in the parent
     for descriptor in (end, life):  # not for what the function starts
         os.set_inheritable(descriptor, False)
-    _die_with_parent(life)
+    die_with_parent(life)
     faulthandler.enable()
     faulthandler.register(STACK_SIGNAL, all_threads=True)
     for stream in (sys.stdout, sys.stderr):

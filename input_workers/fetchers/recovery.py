@@ -151,11 +151,15 @@ class Attempt:
             try:
                 arrays = self._fetch(part)
             except Exception as error:
+                if (trace := recorder.trace) is not None:
+                    trace.add(trace.failed_call, started, time.monotonic())
                 recorder.end_call()
                 self.failed(error, recorder)
                 continue
             recorder.end_call()
             self.durations.append(time.monotonic() - started)
+            if (trace := recorder.trace) is not None:
+                trace.add(trace.call, started, started + self.durations[-1])
             if self.request is not None:
                 check.rows_of(arrays, part)
                 if len(self._groups) > 1:  # the source may use its memory again for the next

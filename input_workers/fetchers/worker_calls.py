@@ -18,6 +18,7 @@ from input_workers.fetchers.worker_session import Gone, TooLong, WorkerSession
 from input_workers.fetchers.worker_settings import WorkerSettings
 from input_workers.leases import BlockPool
 from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.trace import FetcherTrack
 
 __all__ = ["WorkerCalls"]
 
@@ -57,6 +58,7 @@ class WorkerCalls:
         self._settings = settings
         self._output = output
         self._pool = BlockPool(settings.keep_blocks)
+        self._recorder: FetcherRecorder | None = None  # of the fetcher whose calls these are
         self._session: WorkerSession | None = None
         self._sent: collections.deque[_Call] = collections.deque()  # in the order of their answers
         self._early: collections.deque[tuple[_Call, Any]] = collections.deque()  # answers that came before one wanted now
@@ -97,6 +99,10 @@ class WorkerCalls:
 
     def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest | None]:
         """Return the next answer and its request. Raises EndOfData at the end, what the function raised, or WorkerDied."""
+        self._recorder = recorder
+        return self._next(recorder)
+
+    def _next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest | None]:
         while True:
             if self._early:
                 call, answer = self._early.popleft()
@@ -119,7 +125,7 @@ class WorkerCalls:
         """Make the call for a request, or for a part of one, or of a plain function, and return its result."""
         recorder = FetcherRecorder(self.worker_id)
         if request is None:  # one call is as good as another
-            return self.next(recorder)[0]
+            return self._next(recorder)[0]
         call = _Call(request, is_again=True)
         while True:
             try:
@@ -168,16 +174,22 @@ class WorkerCalls:
     def _send(self, calls: Sequence[_Call]) -> None:
         assert self._session is not None  # noqa: S101  it was launched
         self._sent.extend(calls)
-        self._session.send([call.request for call in calls])
+        track = self._recorder.trace if self._recorder is not None else None
+        until = track.trace.until if isinstance(track, FetcherTrack) else 0.0
+        self._session.send([call.request for call in calls], until)
 
     def _answer(self, recorder: FetcherRecorder) -> Any:
         """Return the answer to the oldest call, which may be an exception. Raises Gone, or WorkerDied: it cannot begin."""
         assert self._session is not None  # noqa: S101  it was launched
         try:
-            answer = self._session.answer(recorder)
+            answer, told = self._session.answer(recorder)
         except TooLong:
             return self._too_long()
         self._idle_deaths = 0
+        if self._recorder is not None:
+            request = self._sent[0].request
+            call = "call" if not isinstance(answer, BaseException) else "" if isinstance(answer, EndOfData) else "failed call"
+            self._recorder.add_told(told, self._session.process.pid, call, None if request is None else request.index)
         return answer
 
     def _result(self, answer: Any) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from input_workers.fetchers.fork_server import worker_environment
 
-__all__ = ["Job"]
+__all__ = ["Job", "die_with_parent"]
 
 
 class Job:
@@ -59,3 +61,18 @@ class Job:
         for name in os.environ.keys() - self.environment.keys():
             del os.environ[name]
         os.environ.update(self.environment)
+
+
+def die_with_parent(life: int) -> None:
+    """Have the kernel kill this process when the parent's end of the silent pipe closes, whatever Python is doing then."""
+    if not hasattr(fcntl, "F_SETSIG"):  # not Linux: the closed pipe of requests ends it between two calls
+        return
+    # A description of its own: signals go to whom the last F_SETOWN on it named.
+    own = os.open(f"/proc/self/fd/{life}", os.O_RDONLY | os.O_NONBLOCK)
+    os.close(life)
+    fcntl.fcntl(own, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(own, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(own, fcntl.F_SETFL, fcntl.fcntl(own, fcntl.F_GETFL) | os.O_ASYNC)
+    with contextlib.suppress(BlockingIOError):
+        if not os.read(own, 1):  # it was closed before we listened
+            os.kill(os.getpid(), signal.SIGKILL)

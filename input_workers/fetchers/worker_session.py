@@ -32,6 +32,7 @@ from input_workers.fetchers.frames import (
     REFUSE,
     REQUEST,
     SPECS,
+    TRACE,
     Frame,
     rebuilt,
 )
@@ -39,7 +40,7 @@ from input_workers.fetchers.process_launch import WorkerProcess
 from input_workers.fetchers.worker_output import WorkerOutput
 from input_workers.fetchers.worker_settings import WorkerSettings
 from input_workers.leases import Block, BlockPool
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.recorder import FetcherRecorder, Told
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,6 +88,7 @@ class WorkerSession:
         self._known: set[int] = set()  # numbers of blocks that it has mapped
         self._frames: collections.deque[Frame] = collections.deque()  # that have come from it
         self._knows_specs = False
+        self._traced_until = 0.0
         self._is_ready = False
         self.process = WorkerProcess(start, settings.preload)
         try:
@@ -103,8 +105,13 @@ class WorkerSession:
             self.process.link.limit_send(settings.fetch_timeout_s)
         self._write(settings.job(worker_id))
 
-    def send(self, requests: Sequence[FetchRequest | None]) -> None:
-        """Send calls, the specs once they are known, and a block for the next answer. It may have died: `answer` tells."""
+    def send(self, requests: Sequence[FetchRequest | None], trace_until: float = 0.0) -> None:
+        """Send calls, the specs once they are known, and a block for the next answer. It may have died: `answer` tells.
+
+        Args:
+            requests: one for each call.
+            trace_until: `time.monotonic()` when the trace that runs ends.
+        """
         settings = self._settings
         frames: list[Frame] = []
         if not self._knows_specs:
@@ -112,6 +119,9 @@ class WorkerSession:
             if specs is not None:
                 frames.append((SPECS, list(specs)))
                 self._knows_specs = True
+        if trace_until > self._traced_until:
+            frames.append((TRACE, trace_until))
+            self._traced_until = trace_until
         descriptors = self._grant_ahead(frames)
         for request in requests:
             if request is None:
@@ -120,8 +130,8 @@ class WorkerSession:
                 frames.append((REQUEST, request.index, request.epoch, request.rows, request.batch_size, request.key))
         self._write(frames, descriptors)
 
-    def answer(self, recorder: FetcherRecorder) -> Any:
-        """Wait for the answer to the oldest call: a result, or an exception that the function raised.
+    def answer(self, recorder: FetcherRecorder) -> tuple[Any, Told]:
+        """Wait for the answer to the oldest call: a result, or an exception that the function raised; and what it tells.
 
         Raises:
             Gone: the worker has died.
@@ -150,17 +160,18 @@ class WorkerSession:
                 continue
             if not self._is_ready:
                 raise self._cannot_begin(frame)
-            recorder.call_started = time.monotonic() - frame[-1]
+            told: Told = frame[-1]
+            recorder.call_started = time.monotonic() - told[0]
             if kind == CHUNK:
-                return self._arrays(frame)
+                return self._arrays(frame), told
             if kind == INLINE:
-                return frame[1]
+                return frame[1], told
             if kind == OTHER:
-                return self._other(frame)
+                return self._other(frame), told
             if kind == END:
-                return EndOfData()
+                return EndOfData(), told
             assert kind == ERROR  # noqa: S101  there is no other
-            return rebuilt(frame[:-1], self._who())
+            return rebuilt(frame[:-1], self._who()), told
 
     def _receive(self, limit: float) -> None:
         """Wait for frames. Raises Gone; TooLong: none came in time."""

@@ -106,7 +106,10 @@ class Device:
         try:
             ticket = target.feed.send(slot)
         finally:
-            recorder.feed = so_far + time.monotonic() - started, math.inf
+            now = time.monotonic()
+            recorder.feed = so_far + now - started, math.inf
+            if (trace := recorder.trace) is not None:
+                trace.enqueuer.add("send", started, now, self.name)
         recorder.sent += 1
         return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch, slot.parts))
 

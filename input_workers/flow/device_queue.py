@@ -141,6 +141,8 @@ class DeviceQueue:
             self.recorder.end_wait(threading.get_ident(), now)
             if not passed and gate in self._gates:
                 self._gates.remove(gate)
+        if (trace := self.recorder.trace) is not None:
+            trace.whole.trainer().add("waiting for a batch", started, now)
         return passed
 
     def _open_gates(self) -> None:

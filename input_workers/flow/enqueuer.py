@@ -175,7 +175,7 @@ class Enqueuer:
         return self._devices[self._turn % len(self._devices)].target.batch_size if self._devices else 1
 
     def _deal(self) -> None:
-        rechunker = self._rechunker
+        rechunker, recorder = self._rechunker, self._recorder
         while rechunker.rows:
             started = time.monotonic()
             if self._making is None:
@@ -186,6 +186,8 @@ class Enqueuer:
                 if rows:
                     self._chunks.release(copied, rows, rows * self._row_nbytes or sum(chunk[2] for chunk in copied))
                 del copied  # or they would live until the next batch
+            if (trace := recorder.trace) is not None:
+                trace.enqueuer.add("filling", started, time.monotonic())
             full = slot.filled == slot.rows
             del slot  # the trainer may let go of the batch before this frame ends
             if full:
@@ -312,14 +314,20 @@ class Enqueuer:
                 if self._signal.stopping:
                     raise _Ended
         finally:
-            recorder.enqueuer_blocked = recorder.enqueuer_blocked[0] + time.monotonic() - started, math.inf
+            now = time.monotonic()
+            recorder.enqueuer_blocked = recorder.enqueuer_blocked[0] + now - started, math.inf
+            if (trace := recorder.trace) is not None:
+                trace.enqueuer.add("waiting for room", started, now, device.name)
 
     def _await_chunks(self) -> None:
         recorder = self._recorder
         so_far, started = recorder.enqueuer_starved[0], time.monotonic()
         recorder.enqueuer_starved = so_far, started
         self._sleep(started)
-        recorder.enqueuer_starved = so_far + time.monotonic() - started, math.inf
+        now = time.monotonic()
+        recorder.enqueuer_starved = so_far + now - started, math.inf
+        if (trace := recorder.trace) is not None:
+            trace.enqueuer.add("waiting for chunks", started, now)
 
     def _sleep(self, now: float) -> None:
         self._recorder.mark(now)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from input_workers.metrics.histogram import Histogram
+from input_workers.metrics.trace import SourceTrace
 
 __all__ = ["DeviceRecorder"]
 
@@ -25,12 +26,13 @@ class DeviceRecorder:
         sent: batches that were queued.
         feed: seconds inside the feed's send, in the form of a fetcher's `blocked`.
         waits: seconds that trainers waited, and since when each waits that does now, by thread; replaced as one.
+        trace: where to note what is sent, and who waits; None: no trace runs.
         on_mark: told the time now and then, when a batch was delivered.
     """
 
     __slots__ = (
         "batches_delivered", "batches_not_ready", "feed", "marks", "on_mark", "rows_delivered", "rows_padded", "send", "sent",
-        "waits",
+        "trace", "waits",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -42,6 +44,7 @@ class DeviceRecorder:
         self.sent = 0
         self.feed = (0.0, math.inf)
         self.waits: tuple[float, dict[int, float]] = (0.0, {})
+        self.trace: SourceTrace | None = None
         self.on_mark: Callable[[float], object] = float
         self.marks: collections.deque[tuple[float, int]] = collections.deque(
             maxlen=int(RATE_WINDOW_SECONDS / RATE_MARK_SECONDS) + 1

@@ -6,10 +6,14 @@ import operator
 import threading
 from array import array
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import numpy as np
 
-__all__ = ["BUCKETS_SECONDS", "SAMPLES_BEFORE_FOLDING", "Histogram", "PartNames"]
+__all__ = ["BUCKETS_SECONDS", "PART_SAMPLES_BEFORE_FOLDING", "SAMPLES_BEFORE_FOLDING", "Durations", "Histogram", "PartNames"]
+
+# What a histogram has observed: the count of each bucket and their seconds, and samples that are in none of them yet.
+Durations: TypeAlias = "tuple[tuple[int, ...], float, array[float]]"
 
 # Upper bounds, in seconds: from a call that only slices an array to one that waits for a far disk.
 BUCKETS_SECONDS = (
@@ -33,8 +37,11 @@ BUCKETS_SECONDS = (
 )
 
 _BOUNDS = np.array(BUCKETS_SECONDS)
+NOTHING = (0,) * (len(BUCKETS_SECONDS) + 1)
 
 SAMPLES_BEFORE_FOLDING = 1024
+# Few, or every part would keep 32 KB for each fetcher.
+PART_SAMPLES_BEFORE_FOLDING = 256
 
 # Parts of a fetch function that are kept apart; what is named beyond them is one more.
 MOST_PARTS = 32
@@ -52,7 +59,7 @@ class Histogram:
 
     def __init__(self) -> None:
         self.samples = array("d")  # a reader copies it whole: a list of floats takes fifty times as long
-        self._folded: tuple[tuple[int, ...], float, array[float]] = ((0,) * (len(BUCKETS_SECONDS) + 1), 0.0, self.samples)
+        self._folded: tuple[tuple[int, ...], float, array[float]] = (NOTHING, 0.0, self.samples)
 
     def observe(self, seconds: float) -> None:
         """Add one duration. (The fetch loop does these lines itself.)"""
@@ -66,6 +73,24 @@ class Histogram:
         fresh = array("d")
         self._folded = (counts, seconds, fresh)
         self.samples = fresh
+
+    def take(self) -> Durations:
+        """Return what was observed since the last time, and forget it. The adding thread's."""
+        taken = self._folded
+        fresh = array("d")
+        self._folded = (NOTHING, 0.0, fresh)
+        self.samples = fresh
+        return taken
+
+    def add(self, durations: Durations) -> None:
+        """Add what another one has observed. The adding thread's."""
+        counts, seconds, samples = durations
+        mine, total, own = self._folded
+        own += samples
+        if any(counts):
+            self._folded = (tuple(a + b for a, b in zip(mine, counts, strict=True)), total + seconds, own)
+        if len(own) >= PART_SAMPLES_BEFORE_FOLDING:
+            self.fold()
 
     def read(self) -> tuple[tuple[int, ...], float]:
         """Return (count of each bucket, the last one above all bounds; sum of the seconds)."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 from input_workers.contracts import FetchRequest
+from input_workers.errors import LifecycleError
 from input_workers.metrics.device_recorder import DeviceRecorder
-from input_workers.metrics.histogram import BUCKETS_SECONDS, SAMPLES_BEFORE_FOLDING, Histogram, PartNames
+from input_workers.metrics.histogram import BUCKETS_SECONDS, SAMPLES_BEFORE_FOLDING, Durations, Histogram, PartNames
 from input_workers.metrics.snapshot import WorkerStats
+from input_workers.metrics.trace import FetcherTrack, SourceTrace, Span, Track
 from input_workers.metrics.windows import Counters, Marks
 
 __all__ = [
@@ -28,8 +30,13 @@ __all__ = [
     "FetcherRecorder",
     "Histogram",
     "SourceRecorder",
+    "Told",
     "waited",
 ]
+
+# What a worker process tells with the answer to a call: how long the function took; when the call began and ended (0: it is
+# told with the next answer); and since the answer before, its processor seconds, the parts by name, and spans for a trace.
+Told: TypeAlias = tuple[float, float, float, float, Sequence[tuple[str, Durations]], Sequence[Span]]
 
 DROP_REASONS = ("final_partial", "stopped", "skipped_error", "device_error")
 
@@ -57,18 +64,19 @@ class FetcherRecorder:
         calls: durations of the calls.
         parts: durations of parts of the calls, by name.
         worked: seconds that it was there, in the form of `blocked`.
-        cpu: processor seconds of earlier threads, and of the present one its clock (None: there is none) and what that
-            showed at first.
+        cpu: processor seconds of earlier threads and of worker processes, and of the present thread its clock (None: there
+            is none) and what that showed at first.
         alive: the fetcher has begun and not ended.
         attempt: what is fetched in place of a call that failed.
         abandoned: its call took too long, and what it returns is discarded.
+        trace: where to note what it does; None: no trace runs. Another thread may set it at any moment: look once.
     """
 
     # Invariant under _claim: a call that `abandon` has taken away never ends; one that has ended is not taken away.
 
     __slots__ = (
         "_claim", "_part_names", "abandoned", "alive", "attempt", "blocked", "call_started", "calls", "cpu", "errors",
-        "parts", "request", "rows", "stopped_rows", "worked", "worker_id",
+        "parts", "request", "rows", "stopped_rows", "trace", "worked", "worker_id",
     )  # fmt: skip
 
     def __init__(self, worker_id: int, part_names: PartNames | None = None) -> None:
@@ -87,11 +95,22 @@ class FetcherRecorder:
         self.parts: dict[str, Histogram] = {}
         self.worked = (0.0, math.inf)
         self.cpu: tuple[float, int | None, float] = (0.0, None, 0.0)
+        self.trace: Track | None = None
         self._part_names = PartNames() if part_names is None else part_names
 
     def part(self, name: str) -> Histogram:
         """Return the histogram of a part that has none here by this name."""
         return self.parts.setdefault(self._part_names.take(str(name)), Histogram())
+
+    def add_told(self, told: Told, pid: int, call: str, request: int | None) -> None:
+        """Add what a worker process has told with an answer; `call` is what the call is called in a trace, or ""."""
+        _, began, ended, cpu, parts, spans = told
+        self.cpu = self.cpu[0] + cpu, *self.cpu[1:]
+        for name, durations in parts:
+            (self.parts.get(name) or self.part(name)).add(durations)
+        trace = self.trace
+        if isinstance(trace, FetcherTrack):
+            trace.add_from(pid, [*spans, (call, began, ended, request)] if began and call else spans)
 
     def begin_work(self) -> None:
         """The fetcher's thread begins; to be called in it."""
@@ -184,7 +203,8 @@ class FetcherRecorder:
 class SourceRecorder:
     """All counters of a source over all its runs: they never fall."""
 
-    # Invariant under _lock: what a fetcher counted is in its recorder in `_fetchers` or in `_retired`; no sum ever falls.
+    # Invariant under _lock: what a fetcher counted is in its recorder in `_fetchers` or in `_retired`; no sum ever falls;
+    # all note into `trace`, or none.
 
     def __init__(self, devices: dict[str, DeviceRecorder]) -> None:
         self.devices = devices
@@ -201,13 +221,39 @@ class SourceRecorder:
         self.restarts = 0  # fetchers that took another's place
         self._put_metrics: dict[str, tuple[float, int]] = {}
         self.marks = Marks(Counters(self.created))
+        self.trace: SourceTrace | None = None
 
     def fetcher(self, worker_id: int) -> FetcherRecorder:
         """Return the recorder of a new fetcher."""
         recorder = FetcherRecorder(worker_id, self.part_names)
         with self._lock:
             self._fetchers.append(recorder)
+            if self.trace is not None:
+                recorder.trace = self.trace.fetcher(recorder)
         return recorder
+
+    def begin_trace(self, trace: SourceTrace) -> None:
+        """Note there what everybody does from now on. Raises LifecycleError if a trace runs."""
+        with self._lock:
+            if self.trace is not None:
+                raise LifecycleError(
+                    f"source {trace.source!r} is being traced already, into {self.trace.whole.path} for "
+                    f"{self.trace.whole.seconds:g} s; wait for the end of that one"
+                )
+            self.trace = trace
+            for recorder in self._fetchers:
+                recorder.trace = trace.fetcher(recorder)
+            for device in list(self.devices.values()):
+                device.trace = trace
+
+    def end_trace(self) -> None:
+        """No longer."""
+        with self._lock:
+            self.trace = None
+            for recorder in self._fetchers:
+                recorder.trace = None
+            for device in list(self.devices.values()):
+                device.trace = None
 
     def drop(self, reason: str, rows: int) -> None:
         """Account for rows that will not be delivered."""

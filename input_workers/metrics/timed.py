@@ -9,13 +9,12 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from input_workers.metrics.histogram import PART_SAMPLES_BEFORE_FOLDING
+
 if TYPE_CHECKING:
     from input_workers.metrics.recorder import FetcherRecorder
 
 __all__ = ["fetcher_here", "timed"]
-
-# Few samples, or every part would keep 32 KB for each fetcher.
-PART_SAMPLES_BEFORE_FOLDING = 256
 
 
 class _Here(threading.local):
@@ -60,15 +59,18 @@ class _Timed:
         samples.append(seconds)
         if len(samples) >= PART_SAMPLES_BEFORE_FOLDING:
             histogram.fold()
+        if (trace := recorder.trace) is not None:
+            trace.add(self._part, self._started, self._started + seconds)
 
 
 def timed(part: str) -> _Timed:
     """Measure a part of a fetch function: `with iw.timed("decode"): ...`.
 
     What is measured appears as `fetch_parts` of the source's `stats()`, as `input_workers_fetch_part_seconds`, and in the
-    verdict. It takes well under a microsecond. It finds its source by the thread that calls it: in a thread that the fetch
-    function started itself, in a worker process, and outside a fetch function, it does nothing. A body that raises is
-    measured too. Of parts inside each other each counts in full.
+    verdict, and in a trace. It takes well under a microsecond. It finds its source by the thread that calls it: in a thread
+    that the fetch function started itself, and outside a fetch function, it does nothing. A body that raises is measured too.
+    Of parts inside each other each counts in full. A worker process tells what it has measured with its next answer: should
+    it die before that, it takes the parts of the calls that it had not answered with it.
 
     Args:
         part: its name. A source keeps 32 of them; the time of any more is that of "other".

@@ -161,12 +161,6 @@ def test_what_is_not_built_yet_says_so_and_is_never_ignored(coordinator: iw.Glob
     assert len(coordinator) == 0
 
 
-def test_traces_are_not_built_yet(coordinator: iw.GlobalCoordinator) -> None:
-    source = register(coordinator, STREAM)
-    with pytest.raises(iw.ConfigError, match="not built yet"):
-        source.trace("t.json")
-
-
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no names": ({"input_names": []}, "input_names"),
     "one string of names": ({"input_names": "data"}, "input_names"),

@@ -99,8 +99,9 @@ def test_threads_that_use_one_core_together_are_said_to_hold_the_interpreter_loc
     assert "GIL" not in judge(late, Setting(workers=4, cores=8, devices=2)).text
 
 
-def test_fetchers_that_use_all_cores_are_not_told_to_become_more():
-    text = judge(window(fetcher_cores=3.8), Setting(workers=4, cores=4)).text
+@pytest.mark.parametrize("fetchers", ["thread", "process"])
+def test_fetchers_that_use_all_cores_are_not_told_to_become_more(fetchers):
+    text = judge(window(fetcher_cores=3.8), Setting(fetchers=fetchers, workers=4, cores=4)).text
     assert "3.8 of 4 cores" in text
     assert "add workers" not in text
 

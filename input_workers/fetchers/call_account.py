@@ -1,0 +1,76 @@
+"""What a worker process did in its calls goes in; what its parent has not been told yet comes out, with each answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from input_workers.metrics.recorder import FetcherRecorder, Told
+from input_workers.metrics.trace import Room, Span, Track
+
+__all__ = ["CallAccount"]
+
+
+class CallAccount:
+    """The times of a worker's calls. Belongs to its thread, but for `of_early_answer`.
+
+    Attributes:
+        recorder: where `timed` puts its parts.
+    """
+
+    def __init__(self, worker_id: int) -> None:
+        self.recorder = FetcherRecorder(worker_id)
+        self._cpu = time.process_time()
+        self._began = self._ended = 0.0
+        self._waited = 0.0  # of the call in the making, for a block: no time of the function's
+        self._until = 0.0  # a trace goes on
+
+    def begin_call(self) -> None:
+        """A call begins."""
+        self._began, self._ended, self._waited = time.monotonic(), 0.0, 0.0
+
+    def end_call(self) -> None:
+        """It has returned."""
+        self._ended = time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for a block."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            now = time.monotonic()
+            if not self._ended:
+                self._waited += now - started
+            if self.recorder.trace is not None:
+                self.recorder.trace.add("waiting for memory", started, now)
+
+    def trace(self, until: float) -> None:
+        """Record parts one by one, until then."""
+        self._until = until
+        self.recorder.trace = Track("", Room())
+
+    def take(self) -> Told:
+        """Return what there is to tell since the last time."""
+        recorder = self.recorder
+        ended = self._ended or time.monotonic()
+        before, self._cpu = self._cpu, time.process_time()
+        taken = [(name, part.take()) for name, part in recorder.parts.items()] if recorder.parts else ()
+        parts = [(name, durations) for name, durations in taken if durations[2] or any(durations[0])] if taken else ()
+        spans: Sequence[Span] = ()
+        if recorder.trace is not None:
+            spans, recorder.trace.spans = recorder.trace.spans, []
+            if ended > self._until:
+                recorder.trace = None
+        return ended - self._began - self._waited, self._began, ended, self._cpu - before, parts, spans
+
+    def was_answered_early(self) -> None:
+        """Another thread has sent the rows of the call that has returned: that it was made is for the next answer to tell."""
+        if self.recorder.trace is not None:
+            self.recorder.trace.add("call", self._began, self._ended)
+
+    def of_early_answer(self, seconds: float) -> Told:
+        """Return what another thread tells of rows that it sends: how long they took, and nothing that this one counts."""
+        return seconds, 0.0, 0.0, 0.0, (), ()
