@@ -75,6 +75,11 @@ class Histogram:
         _, total, samples = self._folded
         return total + sum(samples)
 
+    def count(self) -> int:
+        """Return how many durations there were, alone."""
+        counts, _, samples = self._folded
+        return sum(counts) + len(samples)
+
     @classmethod
     def merged(cls, histograms: Iterable[Histogram]) -> Histogram:
         """Return a histogram of all that these have observed so far."""
