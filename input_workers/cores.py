@@ -22,7 +22,7 @@ def usable_cores(groups: str = "/sys/fs/cgroup", membership: str = "/proc/self/c
         number, controllers, path = (*line.split(":", 2), "", "")[:3]
         if number == "0" and not controllers:
             for folder in _upwards([groups, f"{groups}/unified"], path):
-                cores = min(cores, _share(*(_read(f"{folder}/cpu.max").split() + ["", ""])[:2]))
+                cores = min(cores, _share(*([*_read(f"{folder}/cpu.max").split(), "", ""])[:2]))
         elif "cpu" in controllers.split(","):
             for folder in _upwards([f"{groups}/{controllers}", f"{groups}/cpu"], path):
                 quota, period = _read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")

@@ -38,7 +38,11 @@ CASES: dict[str, tuple[str, dict[str, str], float | None]] = {
         None,
     ),
     "both": ("4:cpu:/a\n0::/a\n", {"unified/a/cpu.max": "60000 100000\n", "cpu/a/cpu.cfs_quota_us": "-1\n"}, 0.6),
-    "a group of another controller": ("4:cpuset:/a\n", {"cpuset/a/cpu.cfs_quota_us": "1\n", "cpuset/a/cpu.cfs_period_us": "9"}, None),
+    "a group of another controller": (
+        "4:cpuset:/a\n",
+        {"cpuset/a/cpu.cfs_quota_us": "1\n", "cpuset/a/cpu.cfs_period_us": "9"},
+        None,
+    ),
     "nonsense": ("0::/a\nx\n\n4:cpu\n", {"a/cpu.max": "many\n"}, None),
     "zero": ("0::/a\n", {"a/cpu.max": "0 0\n"}, None),
     "nothing": ("", {}, None),

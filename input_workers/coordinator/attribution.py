@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Literal
 
 from input_workers.coordinator.settings import SourceSettings
+from input_workers.cores import usable_cores
 from input_workers.fetchers import Processes
 from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import WindowStats
@@ -19,6 +19,7 @@ __all__ = ["attribute"]
 def attribute(
     settings: SourceSettings,
     workers: int,
+    held_by: str | None,
     recorder: SourceRecorder,
     state: Literal["starting", "running", "stopped"],
     slowest_part: str,
@@ -30,7 +31,8 @@ def attribute(
         fetchers="inline" if not workers else "process" if isinstance(settings.fetchers, Processes) else "thread",
         workers=workers,
         devices=len(recorder.devices),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
+        held_by=held_by,
         slowest_part=slowest_part,
     )
     windows = {}

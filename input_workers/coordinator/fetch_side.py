@@ -181,17 +181,33 @@ class FetchSide:
             count_restart=self._recorder.count_restart,
         )
 
+    def resize(self, workers: int) -> None:
+        """There are so many fetchers now: memory that is lent for requests is kept for as many."""
+        self._out_keep = workers + 2
+        for pool in list(self._out_pools.values()):
+            pool.keep(self._out_keep)
+
+    def unfinished(self) -> bool:
+        """Whether a fetcher that rests may have something left to fetch. Takes no lock."""
+        if self.chunks.closed:
+            return False
+        return self.calls.has_given_back if isinstance(self.calls, StreamCalls) else True
+
     def fetch(
         self,
         recorder: FetcherRecorder,
         interrupted: tuple[Attempt, BaseException] | None,
         calls: WorkerCalls | None = None,
-    ) -> None:
-        """Run the fetch loop, in a fetcher's thread, with these calls instead of our own; it never raises."""
+    ) -> bool:
+        """Run the fetch loop, in a fetcher's thread, with these calls instead of our own; it never raises.
+
+        Returns:
+            Whether the fetcher was released before the end of its data.
+        """
         recorder.begin_work()
         try:
             with fetcher_here(recorder):
-                fetch_loop(
+                ended = fetch_loop(
                     self._settings.name,
                     self.calls if calls is None else calls,
                     ChunkCheck(self._book),
@@ -206,6 +222,7 @@ class FetchSide:
                 )
         finally:
             recorder.end_work()
+        return recorder.released and not ended
 
     def fail(self, failure: Failure, request: FetchRequest | None) -> None:
         """A call has failed. In ordered delivery, what comes before it is delivered first."""

@@ -33,8 +33,9 @@ class SourceCore:
     # Invariant under _lock: `run` is the one that was started last; `_unended` holds earlier and current runs whose
     # threads have not all ended.
 
-    def __init__(self, settings: SourceSettings) -> None:
+    def __init__(self, settings: SourceSettings, new_worker_id: Callable[[], int]) -> None:
         self.settings = settings
+        self._new_worker_id = new_worker_id
         self.devices: dict[str, DeviceSettings] = {}
         self.worker_ids: list[int] = []
         self.device_recorders: dict[str, DeviceRecorder] = {}
@@ -79,6 +80,9 @@ class SourceCore:
             self.settings,
             self.devices,
             self.worker_ids,
+            # As many as were enough in the last run; the others may have begun data that they have not finished.
+            len(self.worker_ids) if self.run is None else self.run.workers,
+            self._new_worker_id,
             self.book,
             self.recorder,
             self.make_batch,
@@ -227,7 +231,9 @@ class SourceCore:
         parts = {name: _histogram(part) for name, part in sorted(total.parts.items())}
         slowest = max(parts, key=lambda name: parts[name].seconds, default="")
         state = run.state if run is not None else "starting"
-        windows, latest = attribute(self.settings, len(self.worker_ids), self.recorder, state, slowest, now)
+        workers = len(self.worker_ids) if run is None else run.workers
+        held_by = run.auto.held_by if run is not None and run.auto is not None else None
+        windows, latest = attribute(self.settings, workers, held_by, self.recorder, state, slowest, now)
         alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,

@@ -9,14 +9,38 @@ from typing import Literal
 
 from input_workers.errors import ConfigError
 
-__all__ = ["Processes", "StartMethod", "Threads"]
+__all__ = ["MAX_WORKERS", "Processes", "StartMethod", "Threads"]
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
+
+# More fetchers than this is a mistake in a number, not a plan.
+MAX_WORKERS = 4096
+
+
+def _check_bounds(what: str, least: object, most: object) -> None:
+    for name, value in (("min_workers", least), ("max_workers", most)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WORKERS:
+            raise ConfigError(f"{what}: {name}: got {value!r}; wanted a whole number from 1 to {MAX_WORKERS}")
+    if least > most:  # type: ignore[operator]  # both are whole numbers
+        raise ConfigError(f"{what}: min_workers={least} is more than max_workers={most}")
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """Fetchers as threads: for fetch functions that wait or release the GIL."""
+    """Fetchers as threads: for fetch functions that wait or release the GIL.
+
+    Attributes:
+        min_workers, max_workers: what num_workers="auto" stays within; a number of its own is not bound by them.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+
+    min_workers: int = 1
+    max_workers: int = 128  # a thread that waits costs little: some 30 KB, and a hand-over for each chunk
+
+    def __post_init__(self) -> None:
+        _check_bounds("Threads", self.min_workers, self.max_workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +55,7 @@ class Processes:
         start: "forkserver" (default on Linux), "spawn", or "fork", which is refused while threads run.
         worker_init_fun: `worker_init_fun(worker_id)`, once in each worker, before its first call.
         restarts: how many deaths of a worker within a minute are made good by starting another.
+        min_workers, max_workers: what num_workers="auto" stays within; a number of its own is not bound by them.
 
     Raises:
         ConfigError: a value is wrong.
@@ -39,6 +64,8 @@ class Processes:
     start: StartMethod | None = None
     worker_init_fun: Callable[[int], object] | None = None
     restarts: int = 3
+    min_workers: int = 1
+    max_workers: int = 32  # a process costs what its imports do, often 100 MB or more
 
     def __post_init__(self) -> None:
         if self.start not in (None, "forkserver", "spawn", "fork"):
@@ -47,6 +74,7 @@ class Processes:
             raise ConfigError(f"Processes: worker_init_fun: got {self.worker_init_fun!r}; wanted f(worker_id)")
         if isinstance(self.restarts, bool) or not isinstance(self.restarts, int) or self.restarts < 0:
             raise ConfigError(f"Processes: restarts: got {self.restarts!r}; wanted a whole number of at least 0")
+        _check_bounds("Processes", self.min_workers, self.max_workers)
 
     @property
     def start_method(self) -> StartMethod:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from input_workers.errors import ConfigError
 from input_workers.fetchers import StartMethod
@@ -152,6 +154,12 @@ class WorkerProcess:
             return os.waitpid(self.pid, 0)[1] if self._forked else fork_server.wait(self.pid)
         except OSError:  # the fork server has died before it
             return UNKNOWN
+
+    def show_cpu(self, watch: Callable[[int], object]) -> None:
+        """Call this with the clock of the process's processor time, if there is one. It ends with the process."""
+        if sys.platform == "linux" and self.status is None:
+            with contextlib.suppress(OSError):  # it has just ended
+                watch((~self.pid << 3) | 2)  # as clock_getcpuclockid(3) makes it
 
     def show_stacks(self) -> None:
         """Have the process write its stacks to its stderr."""

@@ -25,26 +25,33 @@ class ProcessFetchers:
 
     Args:
         recorders: one for each fetcher.
+        resting: of further ones, that rest at first.
         settings: shared by all workers.
-        loop: the fetch loop of a fetcher, given what another was at, or None, and its calls; it never raises.
+        loop: the fetch loop of a fetcher, given what another was at, or None, and its calls; as for `ThreadFetchers`.
         fail: told a failure and its request.
         on_end: called in the last fetcher to end.
+        unfinished: whether one that rests may have something left.
     """
 
     def __init__(
         self,
         recorders: Sequence[FetcherRecorder],
+        resting: Sequence[FetcherRecorder],
         settings: WorkerSettings,
-        loop: Callable[[FetcherRecorder, Any, WorkerCalls], None],
+        loop: Callable[[FetcherRecorder, Any, WorkerCalls], bool],
         fail: Callable[[Failure, FetchRequest | None], object],
         on_end: Callable[[], None],
+        unfinished: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._output = WorkerOutput(settings.source)
         self._calls = {recorder.worker_id: WorkerCalls(settings, recorder.worker_id, self._output) for recorder in recorders}
         self._loop = loop
         self._on_end = on_end
-        self._threads = ThreadFetchers(settings.source, recorders, self._serve, fail, self._ended, None)
+        self._is_shut_down = False
+        self._threads = ThreadFetchers(
+            settings.source, recorders, resting, self._serve, fail, self._ended, unfinished, None, prepare=self._launch
+        )
 
     def start(self) -> None:
         """Start every process, or none. Raises ConfigError: fork beside threads; OSError: a limit of the system."""
@@ -71,10 +78,30 @@ class ProcessFetchers:
             self._output.stop(deadline)
             raise
 
-    def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> None:
+    def add(self, new: Callable[[], FetcherRecorder]) -> bool:
+        """Have one more at work; see `FetcherBackend`."""
+        return self._threads.add(new)
+
+    def release(self, count: int) -> None:
+        """Ask so many to rest; see `FetcherBackend`. The process of one that rests has ended."""
+        self._threads.release(count)
+
+    def at_work(self) -> list[FetcherRecorder]:
+        """Return the recorders of those that are at work, also of those that were asked to rest."""
+        return self._threads.at_work()
+
+    def _launch(self, recorder: FetcherRecorder) -> None:
+        """Start another process while the source runs. Raises OSError."""
+        calls = WorkerCalls(self._settings, recorder.worker_id, self._output)
+        self._calls[recorder.worker_id] = calls
+        if self._is_shut_down:  # after that flag is set, whatever is in `_calls` is shut down
+            calls.shut_down()
+        calls.launch(beside_threads=True)
+
+    def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> bool:
         calls = self._calls[recorder.worker_id]
         try:
-            self._loop(recorder, interrupted, calls)
+            return self._loop(recorder, interrupted, calls)
         finally:
             calls.close()
 
@@ -89,7 +116,8 @@ class ProcessFetchers:
 
     def shut_down(self) -> None:
         """Have every worker end, and whoever waits for it."""
-        for calls in self._calls.values():
+        self._is_shut_down = True
+        for calls in list(self._calls.values()):
             calls.shut_down()
 
     def has_thread(self, thread: Thread) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "DeviceRecorder",
     "FetcherRecorder",
     "Histogram",
+    "Released",
     "SourceRecorder",
     "waited",
 ]
@@ -41,6 +42,10 @@ def waited(wait: tuple[float, float], now: float) -> float:
 
 class Abandoned(BaseException):
     """Ends a fetcher whose call took too long and was given to another. No Exception: nobody recovers from it."""
+
+
+class Released(BaseException):
+    """Ends a fetcher that was asked to rest, when all that it was dealt has been delivered."""
 
 
 class FetcherRecorder:
@@ -61,18 +66,20 @@ class FetcherRecorder:
         alive: the fetcher has begun and not ended.
         attempt: what is fetched in place of a call that failed.
         abandoned: its call took too long, and what it returns is discarded.
+        released: it is to rest when its call has ended. Written by its backend.
     """
 
     # Invariant under _claim: a call that `abandon` has taken away never ends; one that has ended is not taken away.
 
     __slots__ = (
         "_claim", "_part_names", "abandoned", "alive", "attempt", "blocked", "call_started", "calls", "cpu", "errors",
-        "parts", "request", "rows", "stopped_rows", "worked", "worker_id",
+        "parts", "released", "request", "rows", "stopped_rows", "worked", "worker_id",
     )  # fmt: skip
 
     def __init__(self, worker_id: int, part_names: PartNames | None = None) -> None:
         self._claim = threading.Lock()
         self.abandoned = False
+        self.released = False
         self.attempt: Any = None
         self.worker_id = worker_id
         self.rows = 0
@@ -98,6 +105,10 @@ class FetcherRecorder:
         if hasattr(time, "pthread_getcpuclockid"):
             clock = time.pthread_getcpuclockid(threading.get_ident())
             self.cpu = self.cpu[0], clock, time.clock_gettime(clock)
+
+    def watch_cpu(self, clock: int) -> None:
+        """From now on it is this clock that shows its processor time."""
+        self.cpu = self.cpu_seconds(), clock, time.clock_gettime(clock)
 
     def end_work(self) -> None:
         """The fetcher's thread ends; to be called in it."""

@@ -53,7 +53,7 @@ class WindowStats:
     trainer_wait: float  # share of the trainer's time (mean of the devices) without a batch; under 0.05: input is ahead
     fetchers: StageShares  # busy in calls of the fetch function; starved without data; blocked by the full queue; their mean
     fetchers_alive: float  # how many there were, on the average
-    fetcher_cores: float  # processor cores that fetchers used, as threads: near 1 with several busy, they take turns (GIL)
+    fetcher_cores: float  # processor cores that fetchers used: near 1 with several busy, they take turns (GIL)
     enqueuer: StageShares  # busy filling slots and sending; starved without chunks; blocked without room on a device
     feed: float  # share of the time inside the feed's send; it is part of the enqueuer's busy time
     device_queue_depth: float  # batches on the devices, from readings a second apart; near 0: the trainer takes them at once

@@ -135,7 +135,7 @@ def _remedy(window: WindowStats, setting: Setting, turns: bool) -> str:
         return f"fetchers have no data {_percent(window.fetchers.starved)} of their time: what they read from is slow"
     says = f"fetchers are busy {_percent(busy)}: "
     cores_each = window.fetcher_cores / (alive * busy) if busy else 0.0
-    if setting.fetchers == "thread" and cores_each > COMPUTES_SHARE and (alive + 0.5) * cores_each > setting.cores:
+    if cores_each > COMPUTES_SHARE and (alive + 0.5) * cores_each > setting.cores:
         return f"{says}they use {window.fetcher_cores:.1f} of {setting.cores:g} cores: make fetch faster, or use more cores"
     if setting.held_by is not None:
         held = HELD.get(setting.held_by, "workers are being added (now {workers})")

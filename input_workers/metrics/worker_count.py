@@ -1,7 +1,7 @@
 """Readings of a source's counters go in, the number of workers that it should have comes out. Pure: the only clock is theirs.
 
-More workers while the trainer waits for fetching: as many as would do, at most four times as many at once. Where they turn out to
-fetch no more than the fewer did, those are enough. Fewer while they are blocked: a quarter more than were needed stay.
+More workers while the trainer waits for fetching: as many as would do, at most four times as many at once. Where they turn
+out to fetch no more than the fewer did, those are enough. Fewer while they are blocked: a quarter more than needed stay.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class WorkerCount:
         return look.window.rows_per_second * worked / rows if rows else math.inf
 
     def _window(self, seconds: float, setting: Setting, batches: int = 0) -> _Look | None:
-        """Return what happened in the last seconds, or in as many as two calls, or so many batches, take; None: not known yet."""
+        """Return what happened in the last seconds, or while two calls, or so many batches, were made; None: not known yet."""
         readings = self._readings
         if len(readings) < 2:
             return None

@@ -112,6 +112,11 @@ class StreamCalls:
             self._again += [(each.ordinal, each.epoch, each.begin // self.rows_per_request) for each in requests]
             self._again.sort()
 
+    @property
+    def has_given_back(self) -> bool:
+        """Whether requests wait to be dealt again."""
+        return bool(self._again)
+
     def fetch(self, request: FetchRequest | None) -> Sequence[NDArray[Any]]:
         """Fetch the request's rows, all of them. Raises what the source raises."""
         assert request is not None  # noqa: S101  only plain functions are called without

@@ -111,7 +111,7 @@ class Simulator:
         self._waiting_rows = self._fetched = self._on_device = self._batches = self._calls = 0
         self._leaving: set[int] = set()
         self.fresh: set[int] = set()  # added fetchers that have not come back from a call yet
-        self._computing = {index: (0.0, 0.0, 1.0) for index in range(pipeline.fetchers)}  # seconds of ended calls, of this one
+        self._computing = dict.fromkeys(range(pipeline.fetchers), (0.0, 0.0, 1.0))  # seconds of ended calls, of this one
         # that it takes, and since when
         self._events: list[tuple[float, int, str, int]] = []
         self._number = 0
@@ -140,7 +140,11 @@ class Simulator:
         busy = sum(each.state == "busy" for each in self._fetchers)
         slower = busy if pipeline.turns else max(1.0, busy / pipeline.at_most)
         seconds = self._after(pipeline.fetch_s * slower, "fetched", index)
-        self._computing[index] = (self._computing[index][0], seconds * (1 / busy if pipeline.turns else pipeline.cpu / slower), seconds)
+        self._computing[index] = (
+            self._computing[index][0],
+            seconds * (1 / busy if pipeline.turns else pipeline.cpu / slower),
+            seconds,
+        )
 
     def run_until(self, moment: float) -> None:
         while self._events and self._events[0][0] <= moment:
