@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from input_workers.coordinator.auto import AutoWorkers
 from input_workers.coordinator.settings import SourceSettings
 from input_workers.cores import usable_cores
 from input_workers.fetchers import Processes
@@ -15,11 +16,14 @@ from input_workers.metrics.windows import window_of
 
 __all__ = ["attribute"]
 
+# A shorter window says little.
+ENOUGH_SECONDS = 1.0
+
 
 def attribute(
     settings: SourceSettings,
     workers: int,
-    held_by: str | None,
+    auto: AutoWorkers | None,
     recorder: SourceRecorder,
     state: Literal["starting", "running", "stopped"],
     slowest_part: str,
@@ -32,12 +36,16 @@ def attribute(
         workers=workers,
         devices=len(recorder.devices),
         cores=usable_cores(),
-        held_by=held_by,
+        held_by=auto.held_by if auto is not None else None,
         slowest_part=slowest_part,
     )
     windows = {}
     for name, (begin, end) in recorder.marks.windows(recorder.read(now)).items():
         window = window_of(begin, end, len(recorder.devices))
-        verdict = judge(window, setting)
+        judged = window
+        if auto is not None and auto.changed is not None and begin.at < auto.changed.at < end.at - ENOUGH_SECONDS:
+            # What was with another number of workers says nothing about what to do now.
+            judged = window_of(auto.changed, end, len(recorder.devices)) if state == "running" else window
+        verdict = judge(judged, setting)
         windows[name] = replace(window, verdict=verdict.word, verdict_text=verdict.text)
     return windows, windows["10s" if state == "running" else "run"]

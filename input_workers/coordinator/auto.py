@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from input_workers.contracts import FetcherBackend
 from input_workers.coordinator.settings import SourceSettings
@@ -41,6 +41,7 @@ class AutoWorkers:
 
     Attributes:
         workers: how many there should be.
+        changed: the counters when that was last changed, or None.
         thread: to be started, and joined before the backend is.
     """
 
@@ -58,6 +59,7 @@ class AutoWorkers:
         on_end: Callable[[], object],
     ) -> None:
         self.workers = workers
+        self.changed: Counters | None = None
         self.thread = threading.Thread(target=self._run, name=f"auto-{settings.name}", daemon=True)
         self._settings = settings
         self._backend = backend
@@ -108,9 +110,11 @@ class AutoWorkers:
         wanted = self._count.next(reading, staying, ready, most, by, setting)
         if wanted < staying:
             self._backend.release(staying - wanted)
-            self._changed(wanted, [])
+            self._changed(wanted, [], reading)
         elif wanted > staying:
-            self._grow(there, staying, min(wanted, most - leaving))
+            self._grow(staying, min(wanted, most - leaving))
+            added = [(each, each.rows) for each in self._backend.at_work() if each not in there]
+            self._changed(staying + len(added), added, reading)
 
     def _most(self, reading: Counters) -> tuple[int, str]:
         """Return how many there may be, and what for: a key of `verdict.HELD`."""
@@ -126,7 +130,7 @@ class AutoWorkers:
                 bounds.append((max(settings.fetchers.min_workers, int(settings.max_buffered_bytes / chunk) - 1), "bytes"))
         return min(bounds)
 
-    def _grow(self, there: Sequence[FetcherRecorder], workers: int, wanted: int) -> None:
+    def _grow(self, workers: int, wanted: int) -> None:
         try:
             while workers < wanted and not self._signal.ended.is_set():
                 if not self._backend.add(self._new):
@@ -136,14 +140,14 @@ class AutoWorkers:
         except (OSError, RuntimeError) as error:
             self._refused = workers, "start"
             log.warning("source %r: more than %d workers cannot be started: %s", self._settings.name, workers, describe(error))
-        self._changed(workers, [(each, each.rows) for each in self._backend.at_work() if each not in there])
 
     def _new(self) -> FetcherRecorder:
         worker_id = self._new_worker_id()
         self._worker_ids.append(worker_id)
         return self._recorder.fetcher(worker_id)
 
-    def _changed(self, workers: int, added: list[tuple[FetcherRecorder, int]]) -> None:
+    def _changed(self, workers: int, added: list[tuple[FetcherRecorder, int]], reading: Counters) -> None:
         self.workers = workers
+        self.changed = reading
         self._added = added
         self._resized(workers)

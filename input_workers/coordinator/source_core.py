@@ -232,8 +232,8 @@ class SourceCore:
         slowest = max(parts, key=lambda name: parts[name].seconds, default="")
         state = run.state if run is not None else "starting"
         workers = len(self.worker_ids) if run is None else run.workers
-        held_by = run.auto.held_by if run is not None and run.auto is not None else None
-        windows, latest = attribute(self.settings, workers, held_by, self.recorder, state, slowest, now)
+        auto = run.auto if run is not None else None
+        windows, latest = attribute(self.settings, workers, auto, self.recorder, state, slowest, now)
         alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,

@@ -48,6 +48,7 @@ class ProcessFetchers:
         self._calls = {recorder.worker_id: WorkerCalls(settings, recorder.worker_id, self._output) for recorder in recorders}
         self._loop = loop
         self._on_end = on_end
+        self._waiting: set[int] = set()  # workers that rest and have a process; changed by whoever puts them to rest or to work
         self._is_shut_down = False
         self._threads = ThreadFetchers(
             settings.source, recorders, resting, self._serve, fail, self._ended, unfinished, None, prepare=self._launch
@@ -83,7 +84,10 @@ class ProcessFetchers:
         return self._threads.add(new)
 
     def release(self, count: int) -> None:
-        """Ask so many to rest; see `FetcherBackend`. The process of one that rests has ended."""
+        """Ask so many to rest; see `FetcherBackend`.
+
+        The process of one that rests has ended; but that of a plain function, which may be amid its data, waits.
+        """
         self._threads.release(count)
 
     def at_work(self) -> list[FetcherRecorder]:
@@ -91,7 +95,10 @@ class ProcessFetchers:
         return self._threads.at_work()
 
     def _launch(self, recorder: FetcherRecorder) -> None:
-        """Start another process while the source runs. Raises OSError."""
+        """Start another process while the source runs, unless one waits. Raises OSError."""
+        if recorder.worker_id in self._waiting:
+            self._waiting.discard(recorder.worker_id)
+            return
         calls = WorkerCalls(self._settings, recorder.worker_id, self._output)
         self._calls[recorder.worker_id] = calls
         if self._is_shut_down:  # after that flag is set, whatever is in `_calls` is shut down
@@ -100,13 +107,22 @@ class ProcessFetchers:
 
     def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> bool:
         calls = self._calls[recorder.worker_id]
+        rests = False
         try:
-            return self._loop(recorder, interrupted, calls)
+            rests = self._loop(recorder, interrupted, calls)
         finally:
-            calls.close()
+            if rests and self._settings.requests is None:
+                self._waiting.add(recorder.worker_id)
+            else:
+                calls.close()
+        return rests
 
     def _ended(self) -> None:
-        """In the last fetcher to end, whose workers have: nobody may come to stop the run."""
+        """In the last fetcher to end, whose workers have, but for those that wait: nobody may come to stop the run."""
+        for each in self._waiting:
+            self._calls[each].shut_down()
+        for each in self._waiting:
+            self._calls[each].close()
         self._output.stop(time.monotonic() + UNDO_SECONDS)
         self._on_end()
 

@@ -103,6 +103,7 @@ class WorkerCalls:
                 return self._result(answer), call.request
             released = recorder.released  # as it is now: the answers to what was sent are still wanted
             if released and not self._sent:
+                self._watched = None
                 raise Released
             try:
                 self._begin()

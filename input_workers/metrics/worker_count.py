@@ -32,6 +32,7 @@ GROW_TIMES, SHRINK_TIMES = 4, 2
 
 # So many times what was needed stay. Growing goes for what is needed, so that the two have a gap between them.
 SPARE_TIMES = 1.25
+LESS_SHARE = 0.9  # a smaller step is not worth another look
 # Fewer workers after so long a look; doubled when that turned out to be too few, halved when it did not.
 ENOUGH_BATCHES = 8
 FIRST_PATIENCE_SECONDS, LAST_PATIENCE_SECONDS = 10.0, 600.0
@@ -115,16 +116,28 @@ class WorkerCount:
         calm = self._window(self._patience, setting, ENOUGH_BATCHES)
         if calm is not None and judge(calm.window, setting).word != "fetch":
             fewer = max(self._least, math.ceil(self._needed(calm) * SPARE_TIMES - 0.05), math.ceil(workers / SHRINK_TIMES))
-            if fewer < workers:
+            if fewer <= workers * LESS_SHARE:
                 return self._shrunk(fewer)
         return workers
 
     def _needed(self, look: _Look) -> float:
-        """Return how many workers fetch, without being blocked, what the trainer takes. It is seen before the queues settle."""
+        """Return how many workers fetch, without being blocked, what the trainer takes in the faster half of a window.
+
+        It is seen before the queues settle; and a trainer that begins to pause will want no less afterwards.
+        """
         first, now = self._readings[0], self._readings[-1]
         rows = now.rows_fetched - first.rows_fetched
+        if not rows:
+            return math.inf
         worked = (now.fetchers - now.fetch_blocked) - (first.fetchers - first.fetch_blocked)
-        return look.window.rows_per_second * worked / rows if rows else math.inf
+        begin = self._reading(now.at - look.window.seconds)
+        middle = self._reading(now.at - look.window.seconds / 2)
+        halves = [(a, b) for a, b in ((begin, middle), (middle, now)) if b.at > a.at]
+        return max((b.rows_delivered - a.rows_delivered) / (b.at - a.at) for a, b in halves) * worked / rows
+
+    def _reading(self, at: float) -> Counters:
+        """Return the last one that was made before or then, or the first of all."""
+        return next((each for each in reversed(self._readings) if each.at <= at), self._readings[0])
 
     def _window(self, seconds: float, setting: Setting, batches: int = 0) -> _Look | None:
         """Return what happened in the last seconds, or while two calls, or so many batches, were made; None: not known yet."""
