@@ -78,8 +78,7 @@ def test_the_number_follows_what_is_wanted(coordinator: iw.GlobalCoordinator, mo
     gate.await_calls(5)
     assert alive(source) == 5
     assert coordinator.get_worker_ids() == [*range(5)]
-    script.want = 2
-    await_true(lambda: script.asked[-1][0] == 2, "three are asked to rest")
+    script.have(2, "three are asked to rest")
     assert alive(source) == 5, "in the midst of their calls"
     for worker in (2, 3, 4):
         gate.release(4, worker)
@@ -103,14 +102,12 @@ def test_no_new_worker_is_begun_after_one_has_ended_and_whoever_rests_is_called_
     source = register(coordinator, gate, num_workers="auto", fetchers=iw.Threads(3))
     coordinator.start()
     gate.await_calls(3)
-    script.want = 2
-    await_true(lambda: script.asked[-1][0] == 2, "worker 2 is asked to rest")
+    script.have(2, "worker 2 is asked to rest")
     gate.release(4, 2)
     await_true(lambda: alive(source) == 2, "worker 2 rests")
+    script.have(1, "worker 1 is asked to rest, too")
     gate.end(0)
     await_true(lambda: alive(source) == 1, "worker 0 has ended")
-    script.want = 1
-    await_true(lambda: script.asked[-1][0] == 1, "nothing is wanted of worker 2")
     gate.end(1)
     gate.await_calls(1)  # worker 2, in whose data there may be more
     gate.release(4, 2)
@@ -144,8 +141,7 @@ def test_of_a_stream_nobody_is_called_again_at_the_end(
     source = register(coordinator, iw.Stream(Rows(), rows_per_request=4), num_workers="auto", fetchers=iw.Threads(4))
     coordinator.start()
     await_true(lambda: len(threads) == 4, "all are in a call")
-    script.want = 1
-    await_true(lambda: script.asked[-1][0] == 1, "three are asked to rest")
+    script.have(1, "three are asked to rest")
     go_on.set()
     assert sorted(row for batch in source for row in batch.data.tolist()) == [*range(40)]
     assert threads == {f"{worker} in fetcher-train-{worker}" for worker in range(4)}
@@ -168,8 +164,7 @@ def test_a_request_of_a_released_process_that_dies_is_fetched_though_all_others_
     )
     coordinator.start()
     pid, _ = door.await_knock()
-    script.want = 1
-    await_true(lambda: script.asked[-1][0] == 1, "worker 1 is asked to rest")
+    script.have(1, "worker 1 is asked to rest")
     await_true(lambda: alive(source) == 1, "worker 0 has found nothing more to do")
     os.kill(pid, signal.SIGKILL)
     seen: list[int] = []
@@ -253,7 +248,7 @@ def test_one_that_cannot_be_started_is_said_once_and_the_others_go_on(
         rows_seen(source.next_batch())
     assert alive(source) == 3
     script.want = 1
-    await_true(lambda: alive(source) == 1, "the others rest")
+    await_true(lambda: rows_seen(source.next_batch()) != [] and alive(source) == 1, "the others rest")
 
 
 def test_when_its_thread_cannot_be_started_nothing_is(
@@ -305,8 +300,7 @@ def test_the_next_run_begins_with_as_many_as_were_enough(
     source = register(coordinator, gate, num_workers="auto")
     coordinator.start()
     gate.await_calls(6)
-    script.want = 3
-    await_true(lambda: script.asked[-1][0] == 3, "three are asked to rest")
+    script.have(3, "three are asked to rest")
     gate.open()
     assert coordinator.stop(HANG_SECONDS)
     gate.shut()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from gates import await_true
 
 from input_workers.coordinator import auto
 from input_workers.metrics.worker_count import WorkerCount
@@ -25,7 +26,7 @@ class Script:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, want: int) -> None:
         self.want = want
-        self.asked: list[tuple[int, int, str]] = []
+        self.asked: list[tuple[int, int, str]] = [(0, 0, "")]
 
         def wanted(count: WorkerCount, now: object, workers: int, ready: bool, most: int, most_by: str, *_: object) -> int:
             self.asked.append((workers, most, most_by))
@@ -33,6 +34,12 @@ class Script:
 
         monkeypatch.setattr(auto, "DECISION_SECONDS", OFTEN_SECONDS)
         monkeypatch.setattr(WorkerCount, "next", wanted)
+
+    def have(self, want: int, what: str) -> None:
+        """Want so many, and wait until so many are there; those that are asked to rest do not count."""
+        asked = len(self.asked)
+        self.want = want
+        await_true(lambda: len(self.asked) > asked + 1 and self.asked[-1][0] == want, what)
 
 
 def wander(monkeypatch: pytest.MonkeyPatch, most: int, seed: int, seconds: float = OFTEN_SECONDS) -> list[int]:
