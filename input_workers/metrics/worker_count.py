@@ -202,7 +202,7 @@ class WorkerCount:
             self._hold = FIRST_HOLD_SECONDS
             return None
         # As many as would fetch what is fetched now, if each did as much as those before.
-        fewer = min(math.ceil(workers * max(1.0, look.rate / max(rate, 1e-9)) - 0.05), self._workers - 1)
+        fewer = min(round(workers * max(1.0, look.rate / max(rate, 1e-9))), self._workers - 1)
         self._ceiling = fewer, look.at + self._hold, look.rate
         self._hold = min(self._hold * 2, LAST_HOLD_SECONDS)
         self.held_by = "gain"

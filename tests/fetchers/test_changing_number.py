@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import Any, ClassVar
 
@@ -12,6 +13,8 @@ from fetchers.wandering import wander
 from gates import HANG_SECONDS, register
 
 import input_workers as iw
+from input_workers.fetchers.threads import ThreadFetchers
+from input_workers.metrics.recorder import FetcherRecorder
 
 
 class Slow:
@@ -176,3 +179,74 @@ class BadRow(Slow):
         if any(row % 700 == 0 for row in rows.tolist()):
             raise ValueError("a bad row")
         return super().fetch(rows, request)
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_when_nobody_is_left_to_go_on_and_nobody_can_be_started_the_source_fails_and_ends_once(rests: bool) -> None:
+    """The last one ends while another is being started, which fails: whoever rests has data that nobody would fetch."""
+    go_on, ended, told = threading.Event(), threading.Event(), []
+    first, resting = FetcherRecorder(0), FetcherRecorder(1)
+
+    def loop(recorder: FetcherRecorder, interrupted: Any) -> bool:
+        assert go_on.wait(HANG_SECONDS)
+        return False
+
+    def prepare(recorder: FetcherRecorder) -> None:
+        go_on.set()
+        thread.join(HANG_SECONDS)
+        raise OSError(11, "no more processes")
+
+    fetchers = ThreadFetchers(
+        "train",
+        [first],
+        [resting] if rests else [],
+        loop,
+        lambda failure, request: told.append(failure.message),
+        lambda: told.append("end") or ended.set(),
+        lambda: not told,  # a failure closes the queue, and nothing is left then
+        None,
+        prepare=prepare,
+    )
+    fetchers.start()
+    ((_, thread),) = fetchers._fetchers.values()
+    with pytest.raises(OSError, match="no more processes"):
+        fetchers.add(lambda: FetcherRecorder(2))
+    assert ended.wait(HANG_SECONDS)
+    assert told == (["source 'train': no worker can be started", "end"] if rests else ["end"])
+    assert not fetchers.add(lambda: FetcherRecorder(3))
+    assert fetchers.join(time.monotonic() + HANG_SECONDS) == []
+
+
+def test_one_that_rested_and_cannot_be_started_again_when_it_must_fails_the_source() -> None:
+    told: list[str] = []
+
+    def prepare(recorder: FetcherRecorder) -> None:
+        raise OSError(11, "no more processes")
+
+    fetchers = ThreadFetchers(
+        "train",
+        [FetcherRecorder(0)],
+        [FetcherRecorder(1)],
+        lambda recorder, interrupted: False,
+        lambda failure, request: told.append(failure.message),
+        lambda: told.append("end"),
+        lambda: not told,
+        None,
+        prepare=prepare,
+    )
+    fetchers.start()
+    assert fetchers.join(time.monotonic() + HANG_SECONDS) == []
+    assert told == ["source 'train', worker 1: it has rested, and cannot be started again", "end"]
+
+
+def test_the_last_one_is_never_asked_to_rest() -> None:
+    go_on = threading.Event()
+    recorders = [FetcherRecorder(number) for number in range(3)]
+    fetchers = ThreadFetchers(
+        "train", recorders, [], lambda *_: not go_on.wait(HANG_SECONDS), print, lambda: None, lambda: False, None
+    )
+    fetchers.start()
+    fetchers.release(7)
+    assert [each.released for each in recorders] == [False, True, True]
+    go_on.set()
+    assert fetchers.join(time.monotonic() + HANG_SECONDS) == []

@@ -64,11 +64,11 @@ def test_work_that_waits_gets_the_48_workers_that_it_needs_within_20_seconds(fet
 
 
 # What a trainer needs: mean of a call / mean of a step.
-@pytest.mark.parametrize("needed", [0.4, 1.0, 2.5, 6.0, 12.0])
-@pytest.mark.parametrize("jitter", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("needed", [0.4, 1.0, 2.5, 12.0])
+@pytest.mark.parametrize("jitter", [0.0, 0.9])
 @pytest.mark.parametrize("begin", [1, 30])
 def test_within_an_hour_it_settles(needed: float, jitter: float, begin: int) -> None:
-    train_s = 0.25
+    train_s = 0.4
     pipeline = Pipeline(fetchers=begin, fetch_s=needed * train_s, train_s=train_s, jitter=jitter)
     drive = Drive(pipeline).until(HOUR)
     assert drive.rate(120.0, HOUR) >= 0.95 / train_s
@@ -87,7 +87,7 @@ def test_within_an_hour_it_settles(needed: float, jitter: float, begin: int) -> 
 def test_after_a_step_of_either_rate_it_finds_the_new_number_and_settles(
     what: dict[str, float], needed: float, jitter: float
 ) -> None:
-    drive = Drive(Pipeline(fetch_s=2.0, train_s=0.2, jitter=jitter)).until(600.0)
+    drive = Drive(Pipeline(fetch_s=2.0, train_s=0.2, jitter=jitter)).until(300.0)
     assert 9 <= drive.workers <= 14
     drive.until(HOUR, **what)
     assert drive.rate(900.0, HOUR) >= 0.95 / drive.simulator.pipeline.train_s
@@ -112,8 +112,8 @@ def test_work_that_computes_a_little_gets_as_many_as_keep_the_cores_busy() -> No
 
 @pytest.mark.parametrize("at_most", [3, 10])
 def test_workers_that_fetch_no_more_are_given_up_and_tried_ever_more_rarely(at_most: int) -> None:
-    drive = Drive(Pipeline(fetch_s=0.5, train_s=0.01, at_most=at_most, jitter=0.3)).until(HOUR)
-    assert drive.rate(120.0, HOUR) >= 0.85 * at_most / 0.5
+    drive = Drive(Pipeline(fetch_s=1.0, train_s=0.02, at_most=at_most, jitter=0.3)).until(HOUR)
+    assert drive.rate(120.0, HOUR) >= 0.85 * at_most / 1.0
     assert drive.workers <= 1.5 * at_most
     assert drive.count.held_by == "gain"
     tries = [second for second, workers in drive.changes if workers > 1.8 * at_most]
@@ -122,7 +122,7 @@ def test_workers_that_fetch_no_more_are_given_up_and_tried_ever_more_rarely(at_m
 
 
 def test_threads_that_take_turns_at_the_interpreter_lock_stay_few() -> None:
-    drive = Drive(Pipeline(fetch_s=0.05, train_s=0.02, turns=True)).until(HOUR)
+    drive = Drive(Pipeline(fetch_s=0.2, train_s=0.05, turns=True)).until(HOUR)
     assert drive.workers <= 4
     assert len(drive.changes) <= 16
 
