@@ -38,7 +38,7 @@ ENOUGH_BATCHES = 8
 FIRST_PATIENCE_SECONDS, LAST_PATIENCE_SECONDS = 10.0, 600.0
 
 # More workers are worth keeping if they fetch more: at least this part of what as many more would fetch alone.
-WORTH_TIMES, WORTH_SHARE = 1.25, 0.2
+WORTH_TIMES, WORTH_SHARE = 1.25, 0.35
 # If they do not, that is tried again after so long, doubled each time, or when the rate has become another by this much.
 FIRST_HOLD_SECONDS, LAST_HOLD_SECONDS = 60.0, 3600.0
 OTHER_RATE_SHARE = 0.3
