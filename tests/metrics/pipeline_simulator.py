@@ -110,6 +110,7 @@ class Simulator:
         self._enqueuer, self._trainer = _Actor("starved"), _Actor("wait")
         self._waiting_rows = self._fetched = self._on_device = self._batches = self._calls = 0
         self._leaving: set[int] = set()
+        self._blocked: set[int] = set()
         self.fresh: set[int] = set()  # added fetchers that have not come back from a call yet
         self._computing = dict.fromkeys(range(pipeline.fetchers), (0.0, 0.0, 1.0))  # seconds of ended calls, of this one
         # that it takes, and since when
@@ -137,7 +138,9 @@ class Simulator:
     def _call(self, index: int) -> None:
         pipeline = self.pipeline
         self._fetchers[index].go("busy", self.now)
-        busy = sum(each.state == "busy" for each in self._fetchers)
+        self._blocked.discard(index)
+        shares = pipeline.turns or pipeline.at_most < math.inf
+        busy = sum(each.state == "busy" for each in self._fetchers) if shares else 0
         slower = busy if pipeline.turns else max(1.0, busy / pipeline.at_most)
         seconds = self._after(pipeline.fetch_s * slower, "fetched", index)
         self._computing[index] = (
@@ -154,6 +157,7 @@ class Simulator:
                 self._calls += 1
                 self.fresh.discard(who)
                 self._fetchers[who].go("blocked", self.now)
+                self._blocked.add(who)
                 ended, computed, seconds = self._computing[who]
                 self._computing[who] = (ended + computed, 0.0, seconds)
             elif what == "filled":
@@ -171,16 +175,18 @@ class Simulator:
         pipeline, moved = self.pipeline, True
         while moved:
             moved = False
-            for index, fetcher in enumerate(self._fetchers):
+            for index in sorted(self._blocked):
                 room = self._waiting_rows == 0 or self._waiting_rows + pipeline.rows <= pipeline.buffered * BATCH
-                if fetcher.state == "blocked" and room:
-                    self._waiting_rows += pipeline.rows
-                    if index in self._leaving:
-                        self._leaving.discard(index)
-                        fetcher.go("gone", self.now)
-                    else:
-                        self._call(index)
-                    moved = True
+                if not room:
+                    break
+                self._waiting_rows += pipeline.rows
+                if index in self._leaving:
+                    self._leaving.discard(index)
+                    self._blocked.discard(index)
+                    self._fetchers[index].go("gone", self.now)
+                else:
+                    self._call(index)
+                moved = True
             if self._enqueuer.state == "starved" and self._waiting_rows >= BATCH:
                 self._waiting_rows -= BATCH
                 self._enqueuer.go("fill", self.now)
