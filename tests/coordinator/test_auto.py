@@ -147,6 +147,34 @@ def test_of_a_stream_nobody_is_called_again_at_the_end(
     assert threads == {f"{worker} in fetcher-train-{worker}" for worker in range(4)}
 
 
+def test_a_call_that_fails_is_tried_again_before_its_worker_rests(
+    coordinator: iw.GlobalCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = Script(monkeypatch, 2)
+    calls: dict[int, int] = {}
+    go_on = threading.Event()
+
+    class Rows:
+        def __len__(self) -> int:
+            return 40
+
+        def fetch(self, rows: Any, request: iw.FetchRequest) -> Any:
+            calls[request.worker_id] = calls.get(request.worker_id, 0) + 1
+            if not go_on.is_set():
+                assert go_on.wait(HANG_SECONDS)
+                raise ValueError("the first call of each")
+            return [rows.copy(), rows.copy()]
+
+    stream, policy = iw.Stream(Rows(), rows_per_request=4), iw.ErrorPolicy(retries=1, backoff_s=0.001)
+    source = register(coordinator, stream, num_workers="auto", fetchers=iw.Threads(2), on_error=policy)
+    coordinator.start()
+    await_true(lambda: len(calls) == 2, "both are in a call")
+    script.have(1, "worker 1 is asked to rest")
+    go_on.set()
+    assert sorted(row for batch in source for row in batch.data.tolist()) == [*range(40)]
+    assert source.stats().fetch_errors == {"ValueError": 2}
+
+
 def test_a_request_of_a_released_process_that_dies_is_fetched_though_all_others_have_ended(
     coordinator: iw.GlobalCoordinator, monkeypatch: pytest.MonkeyPatch, door: Door
 ) -> None:
