@@ -7,7 +7,6 @@ from typing import Literal
 
 from input_workers.coordinator.auto import AutoWorkers
 from input_workers.coordinator.settings import SourceSettings
-from input_workers.cores import usable_cores
 from input_workers.fetchers import Processes
 from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import WindowStats
@@ -23,6 +22,7 @@ ENOUGH_SECONDS = 1.0
 def attribute(
     settings: SourceSettings,
     workers: int,
+    cores: float,
     auto: AutoWorkers | None,
     recorder: SourceRecorder,
     state: Literal["starting", "running", "stopped"],
@@ -35,7 +35,7 @@ def attribute(
         fetchers="inline" if not workers else "process" if isinstance(settings.fetchers, Processes) else "thread",
         workers=workers,
         devices=len(recorder.devices),
-        cores=usable_cores(),
+        cores=cores,
         held_by=auto.held_by if auto is not None else None,
         slowest_part=slowest_part,
     )

@@ -20,6 +20,7 @@ from input_workers.coordinator.auto import AutoWorkers
 from input_workers.coordinator.fetch_side import FetchSide
 from input_workers.coordinator.inline import InlineFetcher
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
+from input_workers.cores import usable_cores
 from input_workers.errors import EndOfData, Failure, LifecycleError, QueueClosed
 from input_workers.fetchers import Processes
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
@@ -71,6 +72,7 @@ class Run:
         position: Position,
     ) -> None:
         self.forked = False
+        self.cores = 1.0
         self.started = time.monotonic()
         self.settings = settings
         self.recorder = recorder
@@ -320,6 +322,7 @@ class Run:
         self._thread_ended()
 
     def _enqueue(self) -> None:
+        self.cores = usable_cores()  # in a thread of ours: Ctrl-C would leave its files open
         self.enqueuer.run()
         self._end_windows()
         if self.signal.stopping:

@@ -232,8 +232,8 @@ class SourceCore:
         slowest = max(parts, key=lambda name: parts[name].seconds, default="")
         state = run.state if run is not None else "starting"
         workers = len(self.worker_ids) if run is None else run.workers
-        auto = run.auto if run is not None else None
-        windows, latest = attribute(self.settings, workers, auto, self.recorder, state, slowest, now)
+        cores, auto = (run.cores, run.auto) if run is not None else (1.0, None)
+        windows, latest = attribute(self.settings, workers, cores, auto, self.recorder, state, slowest, now)
         alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,
