@@ -7,6 +7,7 @@ out to fetch no more than the fewer did, those are enough. Fewer while they are 
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from typing import NamedTuple
 
@@ -38,7 +39,7 @@ ENOUGH_BATCHES = 8
 FIRST_PATIENCE_SECONDS, LAST_PATIENCE_SECONDS = 10.0, 600.0
 
 # More workers are worth keeping if they fetch more: at least this part of what as many more would fetch alone.
-WORTH_TIMES, WORTH_SHARE = 1.25, 0.35
+WORTH_TIMES, WORTH_SHARE, PLAIN_TIMES = 1.25, 0.35, 2
 # If they do not, that is tried again after so long, doubled each time, or when the rate has become another by this much.
 FIRST_HOLD_SECONDS, LAST_HOLD_SECONDS = 60.0, 3600.0
 OTHER_RATE_SHARE = 0.3
@@ -98,8 +99,9 @@ class WorkerCount:
             return workers
         long = self._window(LONG_SECONDS, setting)
         if self._before is not None and workers >= WORTH_TIMES * self._before[0]:
-            # It was not worth it the last time: have a longer look.
-            look = short if self._hold == FIRST_HOLD_SECONDS else long
+            # Where little can be gained, or nothing was the last time, have a longer look.
+            is_plain = self._hold == FIRST_HOLD_SECONDS and workers >= PLAIN_TIMES * self._before[0]
+            look = short if is_plain else long
             if look is None:
                 return workers
             fewer = self._worth(look)
@@ -115,7 +117,8 @@ class WorkerCount:
             self._before = None
         calm = self._window(self._patience, setting, ENOUGH_BATCHES)
         if calm is not None and judge(calm.window, setting).word != "fetch":
-            fewer = max(self._least, math.ceil(self._needed(calm) * SPARE_TIMES - 0.05), math.ceil(workers / SHRINK_TIMES))
+            needed = min(self._needed(calm), workers)
+            fewer = max(self._least, math.ceil(needed * SPARE_TIMES - 0.05), math.ceil(workers / SHRINK_TIMES))
             if fewer <= workers * LESS_SHARE:
                 return self._shrunk(fewer)
         return workers
@@ -123,17 +126,17 @@ class WorkerCount:
     def _needed(self, look: _Look) -> float:
         """Return how many workers fetch, without being blocked, what the trainer takes in the faster half of a window.
 
-        It is seen before the queues settle; and a trainer that begins to pause will want no less afterwards.
+        It is seen before the queues settle. `inf` where the trainer paused: it will want no less afterwards.
         """
-        first, now = self._readings[0], self._readings[-1]
+        first, now, seconds = self._readings[0], self._readings[-1], look.window.seconds
+        thirds = [self._reading(now.at - seconds * part / 3).batches for part in (3, 2, 1, 0)]
         rows = now.rows_fetched - first.rows_fetched
-        if not rows:
+        if not rows or any(a == b for a, b in itertools.pairwise(thirds)):
             return math.inf
         worked = (now.fetchers - now.fetch_blocked) - (first.fetchers - first.fetch_blocked)
-        begin = self._reading(now.at - look.window.seconds)
-        middle = self._reading(now.at - look.window.seconds / 2)
-        halves = [(a, b) for a, b in ((begin, middle), (middle, now)) if b.at > a.at]
-        return max((b.rows_delivered - a.rows_delivered) / (b.at - a.at) for a, b in halves) * worked / rows
+        points = [self._reading(now.at - seconds * part / 2) for part in (2, 1, 0)]
+        halves = [(b.rows_delivered - a.rows_delivered) / (b.at - a.at) for a, b in itertools.pairwise(points) if b.at > a.at]
+        return max(halves) * worked / rows
 
     def _reading(self, at: float) -> Counters:
         """Return the last one that was made before or then, or the first of all."""

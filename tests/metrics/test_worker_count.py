@@ -149,10 +149,11 @@ def test_it_is_the_enqueuer_that_is_slow_so_fewer_fetchers_are_enough() -> None:
 def test_a_trainer_that_pauses_is_no_reason_for_fewer() -> None:
     drive = Drive(Pipeline(fetch_s=0.4, train_s=0.05)).until(60.0)
     before = drive.workers
-    for second in range(70, 400, 60):  # as it does where it is evaluated, or saved
+    for second in range(120, 900, 120):  # as it does where it is evaluated, or saved
         drive.until(second, train_s=0.05)
-        drive.until(second + 0.5, train_s=50.0)
-    assert drive.workers >= before >= 8
+        drive.until(second + 0.5, train_s=30.0)
+    assert drive.until(1000.0, train_s=0.05).workers >= before >= 8
+    assert min(drive.seen(60.0, 1000.0)) == before, drive.changes
 
 
 def test_what_bounds_it_is_kept_and_said() -> None:
