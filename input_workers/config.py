@@ -77,6 +77,14 @@ def _new_folder(folder: str, info: ValidationInfo) -> str:
     return path
 
 
+def _workers(value: Any) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 4096:
+        raise ValueError(f"wanted {WORKERS_WANTED}")
+    return value
+
+
 def _max_errors(value: Any, info: ValidationInfo) -> int | float:
     if isinstance(value, bool) or not (
         (isinstance(value, int) and value >= 0) or (isinstance(value, float) and 0.0 <= value <= 1.0)
@@ -105,7 +113,8 @@ def _only_with_skip(info: ValidationInfo) -> None:
 COUNT_WANTED = "a whole number from 1 to 1000000"
 FEED_WANTED = "'tensorflow', 'tensorflow:/GPU:0' or 'tensorflow:/CPU:0': the models are Keras's, on TensorFlow"
 _Count = Annotated[int, Field(ge=1, le=1_000_000, description=COUNT_WANTED)]
-_Workers = Annotated[int, Field(ge=0, le=4096, description="a whole number from 0 (in the trainer's own thread) to 4096")]
+WORKERS_WANTED = "a whole number from 0 (in the trainer's own thread) to 4096, or 'auto'"
+_Workers = Annotated[int | Literal["auto"], PlainValidator(_workers), Field(description=WORKERS_WANTED)]
 _Folder = Annotated[
     str,
     AfterValidator(_folder),
@@ -140,7 +149,7 @@ class TestSource(_Section):
     Attributes:
         folder: holds a folder of images for each class; "digits:test" is made at first use.
         batch_size: rows of a batch.
-        workers: how many read and decode.
+        workers: how many read and decode; "auto": as many as the training needs.
         fetchers: what they are: "thread" or "process". Decoding frees the interpreter lock, so threads are enough for it.
         feed: where batches go: by default TensorFlow's first GPU, or the host.
     """

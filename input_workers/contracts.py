@@ -220,10 +220,32 @@ class DeviceFeed(Protocol):
 
 
 class FetcherBackend(Protocol):
-    """Runs the fetch loop in `count` fetchers. What they share is handed in; see `fetchers/threads.py`, the reference."""
+    """Runs the fetch loop in fetchers, whose number may change. What they share is handed in; see `fetchers/threads.py`, the
+    reference.
+
+    One that is released finishes its call, delivers it, and rests: it has not finished its data. It is at work again when
+    more are wanted, or when nobody else is at work and something may be left of what it was at. The data end when nobody is
+    at work then.
+    """
 
     def start(self) -> None:
         """Start every fetcher, or none: what was started is ended again when one cannot be."""
+
+    def add(self, new: Callable[[], Any]) -> bool:
+        """Have one more at work: one that rests, else a new one with the recorder that is made for it.
+
+        Returns:
+            False: there can be none, because some have finished their data, or the run has ended.
+
+        Raises:
+            OSError, RuntimeError: it cannot be started; all others go on.
+        """
+
+    def release(self, count: int) -> None:
+        """Ask so many to rest, but never the last one; those that came last first. It is not waited for."""
+
+    def at_work(self) -> Sequence[Any]:
+        """Return the recorders of those that are at work, also of those that were asked to rest: their `released` says so."""
 
     def check_calls(self, now: float) -> float:
         """Fail the source for a call that runs too long; return when to look again (`inf`: never)."""

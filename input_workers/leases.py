@@ -135,6 +135,11 @@ class SlotPool:
             pool = SlabPool(spec.row_nbytes * rows, keep, make)
             self._layout.append((pool, spec.batch_shape(rows, axis), spec.dtype))
 
+    def keep(self, slots: int) -> None:
+        """Keep so many free slots from now on; those beyond are let go when they come back."""
+        for pool, _, _ in self._layout:
+            pool.keep = slots
+
     def lease(self) -> Slot:
         """Return an empty slot."""
         arrays = [

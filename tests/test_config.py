@@ -67,6 +67,11 @@ def test_values_and_defaults_are_read(load):
     assert config.train.on_error.policy() == iw.ErrorPolicy()
 
 
+def test_workers_are_a_number_or_as_many_as_are_needed(load):
+    assert load(GOOD.replace("epochs = 3", "epochs = 3\nworkers = 'auto'")).train.workers == "auto"
+    assert load(GOOD.replace("epochs = 3", "epochs = 3\nworkers = 0")).train.workers == 0
+
+
 def test_checkpoints_are_relative_to_the_file_and_need_not_be_there(load, tmp_path):
     assert load(GOOD + '[checkpoint]\nfolder = "a/b"\n').checkpoint == Checkpoint(folder=str(tmp_path / "a" / "b"))
     config = load(GOOD + '[checkpoint]\nfolder = "."\nevery_batches = 5\nevery_epochs = 2\nkeep = 1\n')
@@ -146,7 +151,7 @@ def test_all_faults_are_named_at_once_each_with_its_path(load, tmp_path):
         "train.on_error.retry: is unknown; did you mean 'retries'?",
         "train.on_error.skip: got 'no'; wanted true or false",
         "train.ordered: got 1; wanted true or false",
-        "train.workers: got True; wanted a whole number from 0 (in the trainer's own thread) to 4096",
+        "train.workers: got True; wanted a whole number from 0 (in the trainer's own thread) to 4096, or 'auto'",
     ]
 
 
@@ -154,6 +159,8 @@ def test_all_faults_are_named_at_once_each_with_its_path(load, tmp_path):
     ("old", "new", "fault"),
     [
         ("seed = 7", "seed = 1.5", "seed: got 1.5; wanted a whole number"),
+        ("epochs = 3", "workers = 'many'", "train.workers: got 'many'; wanted a whole number from 0"),
+        ("epochs = 3", "workers = 4097", "train.workers: got 4097; wanted a whole number from 0"),
         ("seed = 7", "seed = -1", "seed: got -1; wanted a whole number"),
         ("[16, 24]", "[16, 0]", "model.image_size[1]: got 0; wanted [height, width]"),
         ("[16, 24]", "16", "model.image_size: got 16; wanted [height, width]"),

@@ -144,6 +144,15 @@ def test_it_runs_without_fetchers_of_its_own(config, images, capsys):
     assert "train: 40 rows fetched = 32 delivered + 0 in flight + 8 dropped (8 final_partial)" in capsys.readouterr().out
 
 
+def test_as_many_read_as_are_needed(config, images, capsys):
+    path = config(train="train", test="test", workers="'auto'")
+    assert main(["train", path]) == 0
+    out = capsys.readouterr().out
+    assert "train: 40 rows fetched = 32 delivered + 0 in flight + 8 dropped (8 final_partial)" in out
+    assert "  train: fetching " in out
+    assert main(["verify-resume", path, "--at", "1"]) == 0
+
+
 def test_a_bad_image_is_named_and_ends_the_job_with_1(config, images, capsys):
     bad = images / "train" / "dark" / "3.jpg"
     bad.write_bytes(bad.read_bytes()[:200])

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from input_workers.contracts import FetchRequest
+from input_workers.contracts import FetcherBackend, FetchRequest
 from input_workers.coordinator.settings import SourceSettings
 from input_workers.errors import ConfigError, Failure, describe
 from input_workers.fetchers import Processes, Threads
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
 from input_workers.fetchers.fetch_loop import FunctionCalls, again, fetch_loop
-from input_workers.fetchers.processes import pickled
+from input_workers.fetchers.processes import ProcessFetchers, pickled
 from input_workers.fetchers.recovery import Attempt, Recovery
+from input_workers.fetchers.threads import ThreadFetchers
 from input_workers.fetchers.worker_calls import WorkerCalls
 from input_workers.fetchers.worker_job import Job
 from input_workers.fetchers.worker_settings import WorkerSettings
 from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.leases import CopyPool, SlotPool
 from input_workers.lifecycle import StopSignal
-from input_workers.metrics.recorder import FetcherRecorder, SourceRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
+from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.timed import fetcher_here
 from input_workers.packed_rows import PACK_BELOW_NBYTES
 from input_workers.policy import Quarantine
@@ -155,8 +157,27 @@ class FetchSide:
         if self._settings.rebatch:
             self.chunks.max_weight = self._settings.max_buffered_batches * batch_size
 
-    def workers(self) -> WorkerSettings:
-        """Return what worker processes need. Raises ConfigError: the function cannot be sent to them."""
+    def backend(
+        self, working: Sequence[FetcherRecorder], resting: Sequence[FetcherRecorder], on_end: Callable[[], None]
+    ) -> FetcherBackend:
+        """Return what runs these fetchers. Raises ConfigError: the function cannot be sent to processes."""
+        settings = self._settings
+        if isinstance(settings.fetchers, Processes):
+            return ProcessFetchers(working, resting, self._workers(), self.fetch, self.fail, on_end, self.unfinished)
+        return ThreadFetchers(
+            settings.name,
+            working,
+            resting,
+            self.fetch,
+            self.fail,
+            on_end,
+            self.unfinished,
+            settings.fetch_timeout_s,
+            self.replace if settings.on_error.skip else None,
+        )
+
+    def _workers(self) -> WorkerSettings:
+        """Return what worker processes need."""
         settings, processes = self._settings, self._settings.fetchers
         assert isinstance(processes, Processes)  # noqa: S101  asked for by them only
         is_stream = isinstance(self.calls, StreamCalls)
@@ -182,17 +203,33 @@ class FetchSide:
             count_restart=self._recorder.count_restart,
         )
 
+    def resize(self, workers: int) -> None:
+        """There are so many fetchers now: memory that is lent for requests is kept for as many."""
+        self._out_keep = workers + 2
+        for pool in list(self._out_pools.values()):
+            pool.keep(self._out_keep)
+
+    def unfinished(self) -> bool:
+        """Whether a fetcher that rests may have something left to fetch. Takes no lock."""
+        if self.chunks.closed:
+            return False
+        return self.calls.has_given_back if isinstance(self.calls, StreamCalls) else True
+
     def fetch(
         self,
         recorder: FetcherRecorder,
         interrupted: tuple[Attempt, BaseException] | None,
         calls: WorkerCalls | None = None,
-    ) -> None:
-        """Run the fetch loop, in a fetcher's thread, with these calls instead of our own; it never raises."""
+    ) -> bool:
+        """Run the fetch loop, in a fetcher's thread, with these calls instead of our own; it never raises.
+
+        Returns:
+            Whether the fetcher was released before the end of its data.
+        """
         recorder.begin_work()
         try:
             with fetcher_here(recorder):
-                fetch_loop(
+                ended = fetch_loop(
                     self._settings.name,
                     self.calls if calls is None else calls,
                     ChunkCheck(self._book),
@@ -207,6 +244,7 @@ class FetchSide:
                 )
         finally:
             recorder.end_work()
+        return recorder.released and not ended
 
     def fail(self, failure: Failure, request: FetchRequest | None) -> None:
         """A call has failed. In ordered delivery, what comes before it is delivered first."""

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator, DeviceInput
 from input_workers.coordinator.reporter import Ticker, log, log_line
@@ -50,12 +50,12 @@ class GlobalCoordinator:
         self._worker_ids = itertools.count()
         self.last_stop: StopReport | None = None
 
-    def add(self, settings: SourceSettings, device: DeviceSettings, num_workers: int) -> DataInputCoordinator:
+    def add(self, settings: SourceSettings, device: DeviceSettings, num_workers: int | Literal["auto"]) -> DataInputCoordinator:
         """Register a source, or a further device of one; see `init_data_input_workers`."""
         with self._changed:
             known = self._sources.get(settings.name)
             if known is None:
-                core = SourceCore(settings)
+                core = SourceCore(settings, self._worker_ids.__next__)
                 handle = DataInputCoordinator(core)
             else:
                 handle, core = known
@@ -72,6 +72,8 @@ class GlobalCoordinator:
                     )
                 if bool(core.worker_ids) != bool(num_workers):
                     raise ConfigError(f"source {settings.name!r}: num_workers=0 for one device and not for another")
+            if num_workers == "auto":  # the number is the source's, however many devices it has
+                num_workers = settings.first_workers if known is None else 0
             core.add_device(device, [next(self._worker_ids) for _ in range(num_workers)])
             self._sources[settings.name] = handle, core
             return handle
@@ -260,7 +262,7 @@ class GlobalCoordinator:
         return next(self._worker_ids)
 
     def get_worker_ids(self) -> list[int]:
-        """Return the ids of all fetchers."""
+        """Return the ids of all fetchers, also of those that rest (num_workers="auto")."""
         return [worker_id for _, core in self._copy() for worker_id in core.worker_ids]
 
     def stats(self) -> dict[str, SourceStats]:

@@ -58,7 +58,11 @@ def init_data_input_workers(
             input, with any number of rows, the same in each; None or zero rows: no data now; raises EndOfData: this
             worker is done.
         batch_size: rows of every batch; for the function a hint.
-        num_workers: fetchers; 0: fetch in the trainer's own thread, for breakpoints and tests.
+        num_workers: fetchers; 0: fetch in the trainer's own thread, for breakpoints and tests; "auto": as many as the trainer
+            needs, within the bounds of `fetchers`. A plain function is then called with the ids of workers that come and go:
+            each new id begins its data, and each that was begun is called until it raises EndOfData, perhaps after a rest.
+            After the first EndOfData no new id is begun. A function that deals a fixed number of shards by worker id wants
+            a fixed number; better, make it a Stream.
         input_source_name: the source's key in the coordinator.
         max_buffered_batches: bound on what waits between fetchers and enqueuer, in batches' worth of rows.
         init_fun: `init_fun(data_coordinator, global_coordinator)`, once, at the first start, before any fetcher starts.
@@ -106,6 +110,7 @@ def init_data_input_workers(
         max_buffered_bytes=max_buffered_bytes,
         device_queue_depth=device_queue_depth,
         specs=specs,
+        num_workers=workers,
     )
     device = DeviceSettings.checked(name_scope, feed, batch_size, settings.batch_axes)
     if isinstance(fetch_fun, Stream):

@@ -21,7 +21,7 @@ from input_workers.flow.chunk_queue import ChunkQueue
 from input_workers.flow.device_queue import DeviceQueue
 from input_workers.flow.enqueuer import Enqueuer
 from input_workers.lifecycle import StopSignal, seconds_left
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 from input_workers.metrics.timed import fetcher_here
 
 if TYPE_CHECKING:

@@ -16,14 +16,15 @@ from typing import Any, Literal
 
 from input_workers.contracts import ArraySpec, FetcherBackend
 from input_workers.coordinator import exit_hook
+from input_workers.coordinator.auto import AutoWorkers
 from input_workers.coordinator.fetch_side import FetchSide
 from input_workers.coordinator.inline import InlineFetcher
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
+from input_workers.cores import usable_cores
 from input_workers.errors import EndOfData, Failure, LifecycleError, QueueClosed
-from input_workers.fetchers import Processes
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
 from input_workers.fetchers.processes import ProcessFetchers
-from input_workers.fetchers.threads import ThreadFetchers, join_threads
+from input_workers.fetchers.threads import join_threads
 from input_workers.flow.device import Device, Target
 from input_workers.flow.device_queue import DeviceQueue
 from input_workers.flow.enqueuer import Enqueuer
@@ -43,7 +44,9 @@ class Run:
     Args:
         settings: of the source.
         devices: where to deliver, by name.
-        worker_ids: one for each fetcher; none: everything runs in the trainer's thread.
+        worker_ids: one for each fetcher; none: everything runs in the trainer's thread. "auto" appends to them.
+        working: how many of these begin; the others rest at first.
+        new_worker_id: returns an id that nobody has.
         book: the specs of the source, kept from run to run.
         recorder: of the source, kept from run to run.
         make_batch: builds what the trainer gets.
@@ -51,13 +54,16 @@ class Run:
         position: where a Stream begins.
     """
 
-    # Invariant under _lock: `_threads_left` counts the enqueuer and the fetcher group until each has ended.
+    # Invariant under _lock: `_threads_left` counts the enqueuer, the fetcher group and the thread of "auto" until each has
+    # ended.
 
     def __init__(
         self,
         settings: SourceSettings,
         devices: Mapping[str, DeviceSettings],
-        worker_ids: Sequence[int],
+        worker_ids: list[int],
+        working: int,
+        new_worker_id: Callable[[], int],
         book: SpecBook,
         recorder: SourceRecorder,
         make_batch: Callable[[Sequence[Any]], Any],
@@ -65,6 +71,7 @@ class Run:
         position: Position,
     ) -> None:
         self.forked = False
+        self.cores = 1.0
         self.started = time.monotonic()
         self.settings = settings
         self.recorder = recorder
@@ -74,7 +81,8 @@ class Run:
         self.signal = StopSignal(queue.SimpleQueue())
         batch_size = max(device.batch_size for device in devices.values())
         inline = not worker_ids
-        self.fetching = FetchSide(settings, len(worker_ids), batch_size, book, recorder, self.signal, quarantine, position)
+        self._worker_ids = worker_ids
+        self.fetching = FetchSide(settings, working, batch_size, book, recorder, self.signal, quarantine, position)
         self.chunks = self.fetching.chunks
         self.signal.close_input = self._close_input
         self.devices = {
@@ -84,7 +92,8 @@ class Run:
         progress = self.fetching.follow([device.queue.log for device in self.devices.values()])
         for each in self.devices.values():
             each.queue.progress = progress
-        self._fetcher_recorders = [recorder.fetcher(worker_id) for worker_id in worker_ids or [0]]
+        recorders = [recorder.fetcher(worker_id) for worker_id in worker_ids or [0]]
+        self._fetcher_recorders, resting = (recorders, []) if inline else (recorders[:working], recorders[working:])
         self._fetchers: FetcherBackend | None = None
         self.enqueuer = Enqueuer(
             settings.name,
@@ -112,26 +121,24 @@ class Run:
                 self.fetching.recovery,
                 self.fetching.nothing_left,
             )
-        elif isinstance(settings.fetchers, Processes):
-            self._fetchers = ProcessFetchers(
-                self._fetcher_recorders,
-                self.fetching.workers(),
-                self.fetching.fetch,
-                self.fetching.fail,
-                self._input_ended,
-            )
         else:
-            self._fetchers = ThreadFetchers(
-                settings.name,
-                self._fetcher_recorders,
-                self.fetching.fetch,
-                self.fetching.fail,
-                self._input_ended,
-                settings.fetch_timeout_s,
-                self.fetching.replace if settings.on_error.skip else None,
-            )
+            self._fetchers = self.fetching.backend(self._fetcher_recorders, resting, self._input_ended)
         self._thread = threading.Thread(target=self._enqueue, name=f"enqueuer-{settings.name}", daemon=True)
-        self._threads_left = 2
+        self.auto: AutoWorkers | None = None
+        if settings.num_workers == "auto" and self._fetchers is not None:
+            self.auto = AutoWorkers(
+                settings,
+                working,
+                self._fetchers,
+                recorder,
+                book,
+                worker_ids,
+                new_worker_id,
+                self.fetching.resize,
+                self.signal,
+                self._thread_ended,
+            )
+        self._threads_left = 2 if self.auto is None else 3
         self._marks: Marks | None = None
 
     def _device(
@@ -151,6 +158,11 @@ class Run:
             number=number,
         )
 
+    @property
+    def workers(self) -> int:
+        """How many fetchers there should be."""
+        return len(self._worker_ids) if self.auto is None else self.auto.workers
+
     def start(self) -> None:
         """Start every thread, or none. Raises what starting a thread raises, after undoing what was started."""
         self.book.begin()
@@ -165,8 +177,12 @@ class Run:
         try:
             self._fetchers.start()  # first: worker processes may be forked as long as there are no threads
             self._thread.start()
+            if self.auto is not None:
+                self.auto.thread.start()
         except BaseException:
-            self._threads_left = 1  # one of them has not begun, and will not report its end
+            others = [self._thread] if self.auto is None else [self._thread, self.auto.thread]
+            with self._lock:  # what has not begun will not report its end
+                self._threads_left -= sum(thread.ident is None for thread in others)
             self.stop(time.monotonic() + 5.0)
             raise
 
@@ -242,7 +258,9 @@ class Run:
         self.abort()
         backend = self._inline if self._inline is not None else self._fetchers
         assert backend is not None  # noqa: S101  one of them fetches
-        stuck = backend.join(deadline)
+        adding = [self.auto.thread] if self.auto is not None and self.auto.thread.ident is not None else []
+        stuck = join_threads(adding, deadline)  # first: nobody is added any more
+        stuck += backend.join(deadline)
         if self._thread.ident is not None:
             stuck += join_threads([self._thread], deadline)
         wrong: list[str] = []
@@ -288,6 +306,7 @@ class Run:
         self._thread_ended()
 
     def _enqueue(self) -> None:
+        self.cores = usable_cores()  # in a thread of ours: Ctrl-C would leave its files open
         self.enqueuer.run()
         self._end_windows()
         if self.signal.stopping:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from input_workers.contracts import ArraySpec, DeviceFeed, FetchFunction, batch_type
+from input_workers.cores import usable_cores
 from input_workers.errors import ConfigError
 from input_workers.feeds import Feed, feed_maker
-from input_workers.fetchers import Processes, Threads
+from input_workers.fetchers import MAX_WORKERS, Processes, Threads
 from input_workers.flow.enqueuer import LastBatch
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
 
 __all__ = ["DeviceSettings", "SourceSettings"]
-
-# More threads than this is a mistake in a number, not a plan.
-MAX_WORKERS = 4096
 
 
 def _whole(name: str, value: object, least: int, most: float = math.inf) -> int:
@@ -73,6 +71,7 @@ class SourceSettings:
     specs: tuple[ArraySpec, ...] | None
     ordered: bool
     on_error: ErrorPolicy
+    num_workers: Literal["auto"] | None  # None: each device adds a number of its own
 
     @classmethod
     def checked(
@@ -95,6 +94,7 @@ class SourceSettings:
         max_buffered_bytes: int | None,
         device_queue_depth: int,
         specs: Sequence[ArraySpec] | None,
+        num_workers: int | Literal["auto"],
     ) -> SourceSettings:
         """Return the settings of a source. Raises ConfigError for the first thing that is wrong."""
         if not isinstance(name, str) or not name or "/" in name:
@@ -140,7 +140,14 @@ class SourceSettings:
             specs=_specs(specs, names, bool(rebatch)),
             ordered=bool(ordered),
             on_error=on_error,
+            num_workers="auto" if num_workers == "auto" else None,
         )
+
+    @property
+    def first_workers(self) -> int:
+        """How many workers "auto" begins with: two, but not more than there are cores, in case that the function computes."""
+        few = min(FIRST_WORKERS, math.ceil(usable_cores()))
+        return max(self.fetchers.min_workers, min(few, self.fetchers.max_workers))
 
     def difference(self, other: SourceSettings) -> str | None:
         """Return the name of the first setting that differs; the same function or logger means the same object."""
@@ -151,10 +158,15 @@ class SourceSettings:
         return None
 
 
-def check_workers(num_workers: object) -> int:
-    """Return the number of workers. Raises ConfigError."""
-    if num_workers == "auto":
-        raise ConfigError("num_workers='auto' is not built yet; wanted a whole number")
+FIRST_WORKERS = 2
+
+
+def check_workers(num_workers: object) -> int | Literal["auto"]:
+    """Return the number of workers, or "auto". Raises ConfigError."""
+    if isinstance(num_workers, str):
+        if num_workers != "auto":
+            raise ConfigError(f"num_workers: got {num_workers!r}; wanted 'auto', or a whole number from 0 to {MAX_WORKERS}")
+        return "auto"
     return _whole("num_workers", num_workers, 0, MAX_WORKERS)
 
 

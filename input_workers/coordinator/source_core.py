@@ -16,7 +16,10 @@ from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.coordinator.tracing import Tracing
 from input_workers.errors import ConfigError, LifecycleError, StateMismatch
 from input_workers.fetchers.chunk_check import SpecBook
-from input_workers.metrics.recorder import BUCKETS_SECONDS, DeviceRecorder, FetcherRecorder, Histogram, SourceRecorder, waited
+from input_workers.metrics.device_recorder import DeviceRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder, waited
+from input_workers.metrics.histogram import BUCKETS_SECONDS, Histogram
+from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
 from input_workers.metrics.trace import Trace
 from input_workers.policy import Quarantine
@@ -35,8 +38,9 @@ class SourceCore:
     # Invariant under _lock: `run` is the one that was started last; `_unended` holds earlier and current runs whose
     # threads have not all ended.
 
-    def __init__(self, settings: SourceSettings) -> None:
+    def __init__(self, settings: SourceSettings, new_worker_id: Callable[[], int]) -> None:
         self.settings = settings
+        self._new_worker_id = new_worker_id
         self.devices: dict[str, DeviceSettings] = {}
         self.worker_ids: list[int] = []
         self.device_recorders: dict[str, DeviceRecorder] = {}
@@ -82,6 +86,9 @@ class SourceCore:
             self.settings,
             self.devices,
             self.worker_ids,
+            # As many as were enough in the last run; the others may have begun data that they have not finished.
+            len(self.worker_ids) if self.run is None else self.run.workers,
+            self._new_worker_id,
             self.book,
             self.recorder,
             self.make_batch,
@@ -247,7 +254,9 @@ class SourceCore:
         parts = {name: _histogram(part) for name, part in sorted(total.parts.items())}
         slowest = max(parts, key=lambda name: parts[name].seconds, default="")
         state = run.state if run is not None else "starting"
-        windows, latest = attribute(self.settings, len(self.worker_ids), self.recorder, state, slowest, now)
+        workers = len(self.worker_ids) if run is None else run.workers
+        cores, auto = (run.cores, run.auto) if run is not None else (1.0, None)
+        windows, latest = attribute(self.settings, workers, cores, auto, self.recorder, state, slowest, now)
         alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,

@@ -9,14 +9,38 @@ from typing import Literal
 
 from input_workers.errors import ConfigError
 
-__all__ = ["Processes", "StartMethod", "Threads"]
+__all__ = ["MAX_WORKERS", "Processes", "StartMethod", "Threads"]
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
+
+# More fetchers than this is a mistake in a number, not a plan.
+MAX_WORKERS = 4096
+
+
+def _check_bounds(what: str, least: object, most: object) -> None:
+    for name, value in (("min_workers", least), ("max_workers", most)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WORKERS:
+            raise ConfigError(f"{what}: {name}: got {value!r}; wanted a whole number from 1 to {MAX_WORKERS}")
+    if least > most:  # type: ignore[operator]  # both are whole numbers
+        raise ConfigError(f"{what}: min_workers={least} is more than max_workers={most}")
 
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """Fetchers as threads: for fetch functions that wait or release the GIL."""
+    """Fetchers as threads: for fetch functions that wait or release the GIL.
+
+    Attributes:
+        min_workers, max_workers: what num_workers="auto" stays within; a number of its own is not bound by them.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+
+    min_workers: int = 1
+    max_workers: int = 128  # a thread that waits costs little: some 30 KB, and a hand-over for each chunk
+
+    def __post_init__(self) -> None:
+        _check_bounds("Threads", self.min_workers, self.max_workers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +57,7 @@ class Processes:
         restarts: how many deaths of a worker within a minute are made good by starting another.
         preload: modules that take long to import: the process that forks the workers imports them once, so each worker
             starts with them. They must not start threads that work. Only "forkserver" needs it.
+        min_workers, max_workers: what num_workers="auto" stays within; a number of its own is not bound by them.
 
     Raises:
         ConfigError: a value is wrong.
@@ -42,6 +67,8 @@ class Processes:
     worker_init_fun: Callable[[int], object] | None = None
     restarts: int = 3
     preload: tuple[str, ...] = ()
+    min_workers: int = 1
+    max_workers: int = 32  # a process costs what its imports do, often 100 MB or more
 
     def __post_init__(self) -> None:
         if self.start not in (None, "forkserver", "spawn", "fork"):
@@ -52,6 +79,7 @@ class Processes:
             raise ConfigError(f"Processes: restarts: got {self.restarts!r}; wanted a whole number of at least 0")
         if not isinstance(self.preload, tuple) or not all(isinstance(name, str) for name in self.preload):
             raise ConfigError(f"Processes: preload: got {self.preload!r}; wanted a tuple of names of modules")
+        _check_bounds("Processes", self.min_workers, self.max_workers)
 
     @property
     def start_method(self) -> StartMethod:

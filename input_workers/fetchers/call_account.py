@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from input_workers.metrics.recorder import FetcherRecorder, Told
+from input_workers.metrics.fetcher_recorder import FetcherRecorder, Told
 from input_workers.metrics.trace import Room, Span, Track
 
 __all__ = ["CallAccount"]

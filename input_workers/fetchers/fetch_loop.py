@@ -13,7 +13,8 @@ from input_workers.errors import EndOfData, Failure, FetchFailed, FetchTimeout, 
 from input_workers.fetchers.chunk_check import ChunkCheck
 from input_workers.fetchers.ownership import owned
 from input_workers.fetchers.recovery import Attempt, Recovery, keep_rows
-from input_workers.metrics.recorder import SAMPLES_BEFORE_FOLDING, Abandoned, FetcherRecorder
+from input_workers.metrics.fetcher_recorder import Abandoned, FetcherRecorder, Released
+from input_workers.metrics.histogram import SAMPLES_BEFORE_FOLDING
 from input_workers.policy import TooManySkipped
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def fetch_loop(
     interrupted: tuple[Attempt, BaseException] | None = None,
     nothing_left: Callable[[FetchRequest], object] = lambda request: None,  # noqa: ARG005
 ) -> bool:
-    """Fetch until the data end, the queue closes or something is raised, in the fetcher's own thread.
+    """Fetch until the data end, the queue closes, the fetcher is released or something is raised, in its own thread.
 
     Returns:
         Whether the data have ended. Raises nothing but what `fail` raises.
@@ -157,7 +158,8 @@ def fetch_loop(
             recorder.attempt.failed(cause, recorder)
         attempt: Attempt | None = recorder.attempt  # in the trainer's own thread: what it did not come to the end of
         now = clock()
-        while not chunks.closed:
+        # A worker process was sent more than it has answered: its calls say when it may rest.
+        while not (chunks.closed or (recorder.released and attempt is None and not owns_results)):
             if not deals:
                 recorder.call_started = now
             try:
@@ -246,7 +248,7 @@ def fetch_loop(
             del chunk
     except EndOfData:
         return True
-    except Abandoned:
+    except (Abandoned, Released):
         pass
     except BaseException as error:  # SystemExit too: it would end this thread in silence, and the trainer would wait
         try:

@@ -6,7 +6,7 @@ one; (REQUEST, index, epoch, rows, batch_size, key), a Stream's; (CALL, batch_si
 they are known; (TRACE, until): tell the times of parts one by one. From it come: (READY, seconds); (CHUNK, block, layout,
 told), in the granted block; (INLINE, arrays, told), where they are small; (OTHER, pickled or None, kinds, is_sequence, told):
 no chunk; (NEED, nbytes): grant a block that large; (ERROR, ..., told), see `raised`; (END, told): the function has no more
-data. `told` is what the worker's calls did since the answer before, see `metrics.recorder.Told`.
+data. `told` is what the worker's calls did since the answer before, see `metrics.fetcher_recorder.Told`.
 
 Every request and call is answered by one of CHUNK, INLINE, OTHER, ERROR and END, in their order. At most one block is granted
 and not used. Once a chunk has come in a block, the parent grants one before it waits for the next answer. NEED takes the

@@ -15,7 +15,7 @@ from input_workers.fetchers.threads import ThreadFetchers, stack_of
 from input_workers.fetchers.worker_calls import WorkerCalls
 from input_workers.fetchers.worker_output import WorkerOutput
 from input_workers.fetchers.worker_settings import WorkerSettings
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 
 __all__ = ["ProcessFetchers", "pickled"]
 
@@ -25,26 +25,34 @@ class ProcessFetchers:
 
     Args:
         recorders: one for each fetcher.
+        resting: of further ones, that rest at first.
         settings: shared by all workers.
-        loop: the fetch loop of a fetcher, given what another was at, or None, and its calls; it never raises.
+        loop: the fetch loop of a fetcher, given what another was at, or None, and its calls; as for `ThreadFetchers`.
         fail: told a failure and its request.
         on_end: called in the last fetcher to end.
+        unfinished: whether one that rests may have something left.
     """
 
     def __init__(
         self,
         recorders: Sequence[FetcherRecorder],
+        resting: Sequence[FetcherRecorder],
         settings: WorkerSettings,
-        loop: Callable[[FetcherRecorder, Any, WorkerCalls], None],
+        loop: Callable[[FetcherRecorder, Any, WorkerCalls], bool],
         fail: Callable[[Failure, FetchRequest | None], object],
         on_end: Callable[[], None],
+        unfinished: Callable[[], bool],
     ) -> None:
         self._settings = settings
         self._output = WorkerOutput(settings.source)
         self._calls = {recorder.worker_id: WorkerCalls(settings, recorder.worker_id, self._output) for recorder in recorders}
         self._loop = loop
         self._on_end = on_end
-        self._threads = ThreadFetchers(settings.source, recorders, self._serve, fail, self._ended, None)
+        self._waiting: set[int] = set()  # workers that rest and have a process; changed by whoever puts them to rest or to work
+        self._is_shut_down = False
+        self._threads = ThreadFetchers(
+            settings.source, recorders, resting, self._serve, fail, self._ended, unfinished, None, prepare=self._launch
+        )
 
     def start(self) -> None:
         """Start every process, or none. Raises ConfigError: fork beside threads; OSError: a limit of the system."""
@@ -71,15 +79,50 @@ class ProcessFetchers:
             self._output.stop(deadline)
             raise
 
-    def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> None:
+    def add(self, new: Callable[[], FetcherRecorder]) -> bool:
+        """Have one more at work; see `FetcherBackend`."""
+        return self._threads.add(new)
+
+    def release(self, count: int) -> None:
+        """Ask so many to rest; see `FetcherBackend`.
+
+        The process of one that rests has ended; but that of a plain function, which may be amid its data, waits.
+        """
+        self._threads.release(count)
+
+    def at_work(self) -> list[FetcherRecorder]:
+        """Return the recorders of those that are at work, also of those that were asked to rest."""
+        return self._threads.at_work()
+
+    def _launch(self, recorder: FetcherRecorder) -> None:
+        """Start another process while the source runs, unless one waits. Raises OSError."""
+        if recorder.worker_id in self._waiting:
+            self._waiting.discard(recorder.worker_id)
+            return
+        calls = WorkerCalls(self._settings, recorder.worker_id, self._output)
+        self._calls[recorder.worker_id] = calls
+        if self._is_shut_down:  # after that flag is set, whatever is in `_calls` is shut down
+            calls.shut_down()
+        calls.launch(beside_threads=True)
+
+    def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> bool:
         calls = self._calls[recorder.worker_id]
+        rests = False
         try:
-            self._loop(recorder, interrupted, calls)
+            rests = self._loop(recorder, interrupted, calls)
         finally:
-            calls.close()
+            if rests and self._settings.requests is None:
+                self._waiting.add(recorder.worker_id)
+            else:
+                calls.close()
+        return rests
 
     def _ended(self) -> None:
-        """In the last fetcher to end, whose workers have: nobody may come to stop the run."""
+        """In the last fetcher to end, whose workers have, but for those that wait: nobody may come to stop the run."""
+        for each in self._waiting:
+            self._calls[each].shut_down()
+        for each in self._waiting:
+            self._calls[each].close()
         self._output.stop(time.monotonic() + UNDO_SECONDS)
         self._on_end()
 
@@ -94,7 +137,8 @@ class ProcessFetchers:
 
     def shut_down(self) -> None:
         """Have every worker end, and whoever waits for it."""
-        for calls in self._calls.values():
+        self._is_shut_down = True
+        for calls in list(self._calls.values()):
             calls.shut_down()
 
     def has_thread(self, thread: Thread) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from input_workers.contracts import FetchRequest
 from input_workers.errors import BadRows, EndOfData, SpecMismatch, WorkerDied, describe
 from input_workers.fetchers.chunk_check import ChunkCheck
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 from input_workers.policy import MAX_ERROR_CHARS, ErrorPolicy, Quarantine, QuarantinedRows
 
 if TYPE_CHECKING:

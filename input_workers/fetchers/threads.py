@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from input_workers.contracts import FetchRequest
-from input_workers.errors import Failure, FetchTimeout
+from input_workers.errors import Failure, FetchTimeout, SourceFailed
 from input_workers.lifecycle import seconds_left
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 
 __all__ = ["ThreadFetchers", "join_threads", "stack_of"]
 
@@ -40,36 +40,50 @@ class ThreadFetchers:
     Args:
         source: the name, for errors and thread names.
         recorders: one for each fetcher.
-        loop: the fetch loop of a fetcher, given what another was at, or None; it never raises.
+        resting: of further ones, that rest at first.
+        loop: the fetch loop of a fetcher, given what another was at, or None; returns whether it was released, and has
+            neither finished its data nor failed. It never raises.
         fail: told a call that runs longer than `fetch_timeout_s`, and its request.
         on_end: called in the last fetcher to end.
+        unfinished: whether one that rests may have something left; asked when nobody is at work. Takes no lock.
         fetch_timeout_s: how long a call may take.
         replace: given the recorder of a fetcher whose call was taken away and the failure, returns the recorder of another
             fetcher, and what that has to do first. None: such a call fails the source.
+        prepare: called before a fetcher is at work that was not there from the beginning. May raise OSError.
     """
 
-    # Invariant under _lock: `_running` counts the fetchers whose loop has not returned, but for the abandoned ones.
+    # Invariant under _lock: `_running` counts the fetchers whose loop has not returned, but for the abandoned ones, and those
+    # being added; `_fetchers` are the last threads of all that were ever at work, by worker; those of `_resting` are not.
+    # When `_is_over`, nothing runs and nothing will.
 
     def __init__(
         self,
         source: str,
         recorders: Sequence[FetcherRecorder],
-        loop: Callable[[FetcherRecorder, Any], None],
+        resting: Sequence[FetcherRecorder],
+        loop: Callable[[FetcherRecorder, Any], bool],
         fail: Callable[[Failure, FetchRequest | None], object],
         on_end: Callable[[], None],
+        unfinished: Callable[[], bool],
         fetch_timeout_s: float | None,
         replace: Callable[[FetcherRecorder, Failure], tuple[FetcherRecorder, Any]] | None = None,
+        prepare: Callable[[FetcherRecorder], object] = lambda recorder: None,  # noqa: ARG005
     ) -> None:
         self._source = source
         self._loop = loop
         self._fail = fail
         self._on_end = on_end
+        self._unfinished = unfinished
         self._timeout_s = math.inf if fetch_timeout_s is None else fetch_timeout_s
         self._replace = replace
+        self._prepare = prepare
         self._lock = threading.Lock()
         self._running = len(recorders)
-        self._fetchers = [(recorder, self._thread(recorder, None)) for recorder in recorders]
-        self._abandoned: list[threading.Thread] = []
+        self._fetchers = {each.worker_id: (each, self._thread(each, None)) for each in recorders}
+        self._resting = list(resting)
+        self._has_finished = False  # one of them has
+        self._is_over = False
+        self._earlier: list[threading.Thread] = []  # abandoned ones, and those that have just come to rest
         self._reported: set[int] = set()  # workers whose call has failed the source
 
     def _thread(self, recorder: FetcherRecorder, interrupted: Any) -> threading.Thread:
@@ -78,18 +92,87 @@ class ThreadFetchers:
 
     def start(self) -> None:
         """Start every thread. If one cannot be started, those that were see the end of the run by themselves."""
-        for _, thread in self._fetchers:
+        for _, thread in list(self._fetchers.values()):
             thread.start()
 
+    def add(self, new: Callable[[], FetcherRecorder]) -> bool:
+        """Have one more at work; see `FetcherBackend`."""
+        with self._lock:
+            if self._is_over or (self._has_finished and not self._resting):
+                return False
+            rested = self._resting.pop() if self._resting else None
+            self._running += 1  # or the last to end would end it all meanwhile
+        recorder = new() if rested is None else rested
+        recorder.released = False
+        try:
+            self._prepare(recorder)
+            thread = self._thread(recorder, None)
+            self._put(recorder, thread)
+            thread.start()
+        except (OSError, RuntimeError) as error:
+            # Whoever rests has begun its data. If nobody is left who could go on with them, they are lost.
+            if self._ended(rested, finished=False) is not None:
+                self._fail(Failure(SourceFailed, f"source {self._source!r}: no worker can be started", error), None)
+                self._ended(None, finished=False)
+            raise
+        return True
+
+    def release(self, count: int) -> None:
+        """Ask so many to rest; see `FetcherBackend`."""
+        at_work = [each for each in self.at_work() if not each.released]
+        for recorder in at_work[max(1, len(at_work) - count) :]:
+            recorder.released = True
+
+    def at_work(self) -> list[FetcherRecorder]:
+        """Return the recorders of those that are at work, also of those that were asked to rest."""
+        with self._lock:
+            resting = {id(each) for each in self._resting}
+            fetchers = list(self._fetchers.values())
+        return [each for each, thread in fetchers if thread.is_alive() and id(each) not in resting]
+
     def _run(self, recorder: FetcherRecorder, interrupted: Any) -> None:
-        self._loop(recorder, interrupted)
-        if recorder.abandoned:  # the one in its place goes on
-            return
+        following: FetcherRecorder | None = recorder
+        while following is not None:
+            recorder = following
+            rests = self._loop(recorder, interrupted)
+            if recorder.abandoned:  # the one in its place goes on
+                return
+            interrupted = None
+            following = self._ended(recorder if rests else None, finished=not rests)
+            if following is not None:
+                self._take_up(following)
+
+    def _ended(self, rests: FetcherRecorder | None, *, finished: bool) -> FetcherRecorder | None:
+        """A fetcher is no longer at work; return one that is to be, because nobody else is, or None."""
         with self._lock:
             self._running -= 1
-            last = not self._running
-        if last:
-            self._on_end()
+            if rests is not None:
+                self._resting.append(rests)
+            self._has_finished = self._has_finished or finished
+            if self._running:
+                return None
+            if self._resting and self._unfinished():
+                self._running = 1
+                return self._resting.pop(0)
+            self._is_over = True
+        self._on_end()
+        return None
+
+    def _take_up(self, recorder: FetcherRecorder) -> None:
+        """Go on in this thread as another fetcher, which rested."""
+        recorder.released = False
+        self._put(recorder, threading.current_thread())
+        try:
+            self._prepare(recorder)
+        except OSError as error:
+            text = f"source {self._source!r}, worker {recorder.worker_id}: it has rested, and cannot be started again"
+            self._fail(Failure(SourceFailed, text, error), None)  # which closes the queue: its loop will see that
+
+    def _put(self, recorder: FetcherRecorder, thread: threading.Thread) -> None:
+        with self._lock:
+            _, before = self._fetchers.get(recorder.worker_id, (None, thread))
+            self._earlier = [each for each in (*self._earlier, before) if each.is_alive() and each is not thread]
+            self._fetchers[recorder.worker_id] = recorder, thread
 
     def check_calls(self, now: float) -> float:
         """Fail the source, or replace the fetcher, for a call that runs too long; return when to look again."""
@@ -97,15 +180,17 @@ class ThreadFetchers:
             return math.inf
         # A call that begins while nobody looks is found in time by looking once a timeout.
         look_again = now + self._timeout_s
-        for index, (recorder, thread) in enumerate(self._fetchers):
+        with self._lock:
+            fetchers = list(self._fetchers.values())
+        for recorder, thread in fetchers:
             due = recorder.call_started + self._timeout_s
             if due > now:
                 look_again = min(look_again, due)
             elif thread.is_alive() and recorder.worker_id not in self._reported:
-                self._end_call(index, recorder, thread, now)
+                self._end_call(recorder, thread, now)
         return look_again
 
-    def _end_call(self, index: int, recorder: FetcherRecorder, thread: threading.Thread, now: float) -> None:
+    def _end_call(self, recorder: FetcherRecorder, thread: threading.Thread, now: float) -> None:
         stack, request = stack_of(thread), recorder.request
         where = "" if request is None else f", request {request.index}"
         failure = Failure(
@@ -120,8 +205,7 @@ class ThreadFetchers:
         elif recorder.abandon(now - self._timeout_s):
             other, interrupted = self._replace(recorder, failure)
             replacement = self._thread(other, interrupted)
-            self._abandoned = [*(each for each in self._abandoned if each.is_alive()), thread]
-            self._fetchers[index] = other, replacement
+            self._put(other, replacement)
             replacement.start()
 
     def has_thread(self, thread: threading.Thread) -> bool:
@@ -136,4 +220,5 @@ class ThreadFetchers:
         return join_threads([thread for thread in self._threads() if thread.ident is not None], deadline)
 
     def _threads(self) -> list[threading.Thread]:
-        return [*self._abandoned, *(thread for _, thread in self._fetchers)]
+        with self._lock:
+            return [*self._earlier, *(thread for _, thread in self._fetchers.values())]

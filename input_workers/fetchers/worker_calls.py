@@ -17,7 +17,7 @@ from input_workers.fetchers.worker_output import WorkerOutput
 from input_workers.fetchers.worker_session import Gone, TooLong, WorkerSession
 from input_workers.fetchers.worker_settings import WorkerSettings
 from input_workers.leases import BlockPool
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder, Released
 from input_workers.metrics.trace import FetcherTrack
 
 __all__ = ["WorkerCalls"]
@@ -72,10 +72,10 @@ class WorkerCalls:
         """The shared memory of this worker's chunks, wherever they are. Any thread may ask."""
         return self._pool.held_nbytes
 
-    def launch(self) -> None:
-        """Start the process. Raises OSError."""
+    def launch(self, beside_threads: bool = False) -> None:
+        """Start the process, while the source runs or before. Raises OSError."""
         start = self._settings.start
-        if start == "fork" and self._session is not None:
+        if start == "fork" and beside_threads:
             start = "spawn"  # threads run by now, and one of them may hold a lock, which nobody would open in the child
         self._session = WorkerSession(self._settings, self.worker_id, self._output, start, self._pool)
         self._was_killed = False
@@ -98,7 +98,10 @@ class WorkerCalls:
         self._pool.close()
 
     def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest | None]:
-        """Return the next answer and its request. Raises EndOfData at the end, what the function raised, or WorkerDied."""
+        """Return the next answer and its request.
+
+        Raises EndOfData at the end, Released after the last answer to a released one, what the function raised, or WorkerDied.
+        """
         self._recorder = recorder
         return self._next(recorder)
 
@@ -108,9 +111,13 @@ class WorkerCalls:
                 call, answer = self._early.popleft()
                 recorder.request = call.request
                 return self._result(answer), call.request
+            released = recorder.released  # as it is now: the answers to what was sent are still wanted
+            if released and not self._sent:
+                raise Released
             try:
                 self._begin()
-                self._deal_ahead()
+                if not released:
+                    self._deal_ahead()
                 if not self._sent:
                     raise EndOfData
                 recorder.request = self._sent[0].request
@@ -255,7 +262,7 @@ class WorkerCalls:
     def _restart(self) -> None:
         self._settings.count_restart()
         try:
-            self.launch()
+            self.launch(beside_threads=True)
         except OSError as error:
             raise WorkerDied(
                 f"source {self._settings.source!r}, worker {self.worker_id}: its process has ended, and another cannot be "

@@ -40,7 +40,7 @@ from input_workers.fetchers.process_launch import WorkerProcess
 from input_workers.fetchers.worker_output import WorkerOutput
 from input_workers.fetchers.worker_settings import WorkerSettings
 from input_workers.leases import Block, BlockPool
-from input_workers.metrics.recorder import FetcherRecorder, Told
+from input_workers.metrics.fetcher_recorder import FetcherRecorder, Told
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

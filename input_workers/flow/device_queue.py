@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from input_workers.contracts import DeviceFeed, Part
 from input_workers.errors import WaitTimeout
 from input_workers.lifecycle import WakeUp
-from input_workers.metrics.recorder import DeviceRecorder
+from input_workers.metrics.device_recorder import DeviceRecorder
 from input_workers.progress import DeliveryLog, Progress
 
 __all__ = ["DeviceQueue", "QueuedBatch"]

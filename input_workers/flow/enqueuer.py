@@ -18,7 +18,8 @@ from input_workers.flow.device import Device, Target
 from input_workers.flow.device_queue import QueuedBatch
 from input_workers.flow.rechunker import Rechunker, rows_between
 from input_workers.lifecycle import StopSignal, seconds_left
-from input_workers.metrics.recorder import SourceRecorder, waited
+from input_workers.metrics.fetcher_recorder import waited
+from input_workers.metrics.recorder import SourceRecorder
 from input_workers.progress import MARKS
 
 __all__ = ["Enqueuer", "LastBatch"]

@@ -198,7 +198,8 @@ def _report(console: Console, config: Config, result: Result) -> None:
     console.print(f"where the time went, of {result.seconds:.1f} s:")
     for name, source in (("train", config.train), ("test", config.test)):
         stats = result.stats[name]
-        fetchers = max(1, source.workers)
+        fetchers = source.workers if source.workers != "auto" else round(stats.windows["run"].fetchers_alive)
+        fetchers = max(1, fetchers)
         fetching, copying, waiting = (
             f"{seconds / max(result.seconds, 1e-9):.1%}"
             for seconds in (stats.fetcher_busy_seconds / fetchers, stats.enqueuer_busy_seconds, stats.consumer_wait_seconds)

@@ -132,7 +132,8 @@ def _read_chain(config: Config, folders: dict[str, Any], cuts: Sequence[dict[str
         for number, cut in enumerate([*cuts, None]):
             coordinator = iw.GlobalCoordinator()
             for name, folder in folders.items():
-                workers = (config.train if name == "train" else config.test).workers + (number + 1) % 2
+                workers = (config.train if name == "train" else config.test).workers
+                workers = (AUTO_WORKERS if workers == "auto" else workers) + (number + 1) % 2
                 last_batch = _last_batch(config, name)
                 add_source(coordinator, "numpy", config, name, folder, workers=workers, last_batch=last_batch)
             if number:
@@ -142,6 +143,10 @@ def _read_chain(config: Config, folders: dict[str, Any], cuts: Sequence[dict[str
                     _read(coordinator[name], came[name], None if cut is None else cut[name])
                 coordinator.save_state(path)
     return came
+
+
+# How many read in place of workers = "auto": how many there are is not to change the rows.
+AUTO_WORKERS = 2
 
 
 def _read(source: iw.DataInputCoordinator, came: _Reading, until: int | None) -> _Reading:

@@ -106,6 +106,11 @@ class Histogram:
         _, total, samples = self._folded
         return total + float(np.frombuffer(samples.tobytes()).sum())
 
+    def count(self) -> int:
+        """Return how many durations there were, alone."""
+        counts, _, samples = self._folded
+        return sum(counts) + len(samples)
+
     @classmethod
     def merged(cls, histograms: Iterable[Histogram]) -> Histogram:
         """Return a histogram of all that these have observed so far."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from input_workers.metrics.histogram import PART_SAMPLES_BEFORE_FOLDING
 
 if TYPE_CHECKING:
-    from input_workers.metrics.recorder import FetcherRecorder
+    from input_workers.metrics.fetcher_recorder import FetcherRecorder
 
 __all__ = ["fetcher_here", "timed"]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from input_workers.metrics.recorder import FetcherRecorder
+    from input_workers.metrics.fetcher_recorder import FetcherRecorder
 
 __all__ = ["MOST_EVENTS", "FetcherTrack", "Room", "SourceTrace", "Span", "Trace", "Track"]
 

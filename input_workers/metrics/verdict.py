@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from input_workers.metrics.snapshot import WindowStats
 
-__all__ = ["VERDICTS", "Setting", "Verdict", "judge", "workers_wanted"]
+__all__ = ["COMPUTES_SHARE", "HELD", "TRAINER_BOUND_SHARE", "VERDICTS", "Setting", "Verdict", "judge", "workers_wanted"]
 
 VERDICTS = ("trainer", "fetch", "enqueue", "feed", "starting", "stopped")
 
@@ -26,6 +26,17 @@ COMPUTES_SHARE = 0.5
 MOST_TIMES = 8
 
 
+# What keeps num_workers="auto" from more workers, and what to do about it.
+HELD = {
+    "max_workers": "raise max_workers (now {workers}) or make fetch faster",
+    "bytes": "more than {workers} workers may hold more than max_buffered_bytes: raise it, or return smaller chunks",
+    "cores": "{workers} workers have all the cores that this process may use: make fetch faster, or use more cores",
+    "gain": "more than {workers} workers do not fetch more: what they read from is at its limit",
+    "start": "more than {workers} workers could not be started: the log says why",
+    "end": "no workers are added, as the first have no more data: make fetch faster",
+}
+
+
 class Verdict(NamedTuple):
     """Who is the bottleneck."""
 
@@ -41,7 +52,8 @@ class Setting:
     fetchers: Literal["thread", "process", "inline"] = "thread"  # inline: num_workers=0
     workers: int = 1
     devices: int = 1
-    cores: int = 1  # that this process may use
+    cores: float = 1.0  # that this process may use
+    held_by: str | None = None  # num_workers="auto": what keeps it from more, of HELD; "": nothing. None: the number is fixed
     slowest_part: str = ""  # of the fetch function, as `timed` named it
 
 
@@ -102,7 +114,7 @@ def _takes_turns(window: WindowStats, setting: Setting) -> bool:
     """Whether the fetchers are threads of which one runs at a time."""
     low, high = ONE_CORE
     busy, cores = window.fetchers.busy, window.fetcher_cores
-    if setting.fetchers != "thread" or setting.cores == 1:
+    if setting.fetchers != "thread" or setting.cores <= 1:
         return False
     # A trainer that waits while its device has no room: whoever would hand the batch over does not get to run.
     if setting.devices == 1 and window.trainer_wait + window.enqueuer.blocked > 1.0 + LATE_SHARE:
@@ -124,7 +136,10 @@ def _remedy(window: WindowStats, setting: Setting, turns: bool) -> str:
     says = f"fetchers are busy {_percent(busy)}: "
     cores_each = window.fetcher_cores / (alive * busy) if busy else 0.0
     if cores_each > COMPUTES_SHARE and (alive + 0.5) * cores_each > setting.cores:
-        return f"{says}they use {window.fetcher_cores:.1f} of {setting.cores} cores: make fetch faster, or use more cores"
+        return f"{says}they use {window.fetcher_cores:.1f} of {setting.cores:g} cores: make fetch faster, or use more cores"
+    if setting.held_by is not None:
+        held = HELD.get(setting.held_by, "workers are being added (now {workers})")
+        return says + held.format(workers=setting.workers)
     wanted = workers_wanted(window, setting.workers)
     if wanted is None:
         return f"{says}add workers (now {setting.workers}; more than {MOST_TIMES} times as many would do) or make fetch faster"

@@ -11,7 +11,7 @@ import numpy as np
 
 from input_workers.contracts import FetchRequest
 from input_workers.errors import EndOfData, InputWorkersError
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 from input_workers.progress import Spans, gaps
 
 if TYPE_CHECKING:
@@ -111,6 +111,11 @@ class StreamCalls:
         with self._lock:
             self._again += [(each.ordinal, each.epoch, each.begin // self.rows_per_request) for each in requests]
             self._again.sort()
+
+    @property
+    def has_given_back(self) -> bool:
+        """Whether requests wait to be dealt again."""
+        return bool(self._again)
 
     def fetch(self, request: FetchRequest | None) -> Sequence[NDArray[Any]]:
         """Fetch the request's rows, all of them. Raises what the source raises."""

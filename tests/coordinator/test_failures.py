@@ -149,7 +149,6 @@ def test_a_wait_of_less_than_nothing_is_refused(coordinator: iw.GlobalCoordinato
 STREAM = iw.Stream(iw.sources.Arrays(np.arange(4), np.arange(4)))
 NOT_BUILT: dict[str, dict[str, Any]] = {
     "ray": {"fetchers": "ray"},
-    "auto": {"num_workers": "auto"},
 }
 
 

@@ -15,7 +15,7 @@ import input_workers as iw
 from input_workers.contracts import FetchRequest
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
 from input_workers.fetchers.recovery import Attempt, Recovery, keep_rows
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 from input_workers.policy import Quarantine
 
 FIRST_ROW = 100  # rows are numbered from here, so that a row is never its own index

@@ -13,7 +13,7 @@ from input_workers.contracts import ArraySpec, Slot, batch_type
 from input_workers.feeds import NumpyFeed
 from input_workers.flow.device import Device, Target
 from input_workers.flow.device_queue import DeviceQueue, QueuedBatch
-from input_workers.metrics.recorder import DeviceRecorder
+from input_workers.metrics.device_recorder import DeviceRecorder
 
 
 class InterruptedQueue(DeviceQueue):

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from input_workers.errors import EndOfData, QueueClosed, WaitTimeout
 from input_workers.feeds.numpy_feed import NumpyFeed
 from input_workers.flow.device_queue import DeviceQueue, QueuedBatch
-from input_workers.metrics.recorder import DeviceRecorder
+from input_workers.metrics.device_recorder import DeviceRecorder
 
 FEED = NumpyFeed()
 

@@ -1,7 +1,8 @@
 """A pipeline of known rates goes in; the counters that the service would have read at any moment come out.
 
 A simulation by events: fetchers, a bounded chunk queue, the enqueuer with its feed, a bounded device queue, the trainer.
-Nothing runs and no clock is read, so who is the bottleneck is known beforehand.
+Nothing runs and no clock is read, so who is the bottleneck is known beforehand. The number of fetchers, and the pipeline,
+may be changed between two calls of `run_until`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Seconds are means. `turns`: fetchers compute while they hold the interpreter lock."""
+    """Seconds are means. `turns`: fetchers compute while they hold the interpreter lock. `cpu`: the share of a call that is
+    computed. `at_most`: so many calls at once go at their full speed; more share that (cores, or a disk)."""
 
     fetchers: int = 2
     fetch_s: float = 0.01
@@ -32,6 +34,8 @@ class Pipeline:
     depth: int = 4
     buffered: int = 16  # batches
     turns: bool = False
+    cpu: float = 0.05
+    at_most: float = math.inf
 
     @property
     def rates(self) -> dict[str, float]:
@@ -104,28 +108,58 @@ class Simulator:
         self._rng = random.Random(seed)
         self._fetchers = [_Actor("busy") for _ in range(pipeline.fetchers)]
         self._enqueuer, self._trainer = _Actor("starved"), _Actor("wait")
-        self._waiting_rows = self._fetched = self._on_device = self._batches = 0
+        self._waiting_rows = self._fetched = self._on_device = self._batches = self._calls = 0
+        self._leaving: set[int] = set()
+        self._blocked: set[int] = set()
+        self.fresh: set[int] = set()  # added fetchers that have not come back from a call yet
+        self._computing = dict.fromkeys(range(pipeline.fetchers), (0.0, 0.0, 1.0))  # seconds of ended calls, of this one
+        # that it takes, and since when
         self._events: list[tuple[float, int, str, int]] = []
         self._number = 0
         for index in range(pipeline.fetchers):
             self._call(index)
 
-    def _after(self, mean: float, what: str, who: int = 0) -> None:
+    def resize(self, fetchers: int) -> None:
+        """Have so many fetchers; those that leave end their call and put its chunk first."""
+        there = [index for index, each in enumerate(self._fetchers) if each.state != "gone" and index not in self._leaving]
+        self._leaving |= set(there[fetchers:])
+        for index in range(len(self._fetchers), len(self._fetchers) + fetchers - len(there)):
+            self._fetchers.append(_Actor("gone"))
+            self._computing[index] = (0.0, 0.0, 1.0)
+            self.fresh.add(index)
+            self._call(index)
+
+    def _after(self, mean: float, what: str, who: int = 0) -> float:
         seconds = mean * self._rng.uniform(1 - self.pipeline.jitter, 1 + self.pipeline.jitter)
         self._number += 1
         heapq.heappush(self._events, (self.now + seconds, self._number, what, who))
+        return seconds
 
     def _call(self, index: int) -> None:
         pipeline = self.pipeline
         self._fetchers[index].go("busy", self.now)
-        self._after(pipeline.fetch_s * (pipeline.fetchers if pipeline.turns else 1), "fetched", index)
+        self._blocked.discard(index)
+        shares = pipeline.turns or pipeline.at_most < math.inf
+        busy = sum(each.state == "busy" for each in self._fetchers) if shares else 0
+        slower = busy if pipeline.turns else max(1.0, busy / pipeline.at_most)
+        seconds = self._after(pipeline.fetch_s * slower, "fetched", index)
+        self._computing[index] = (
+            self._computing[index][0],
+            seconds * (1 / busy if pipeline.turns else pipeline.cpu / slower),
+            seconds,
+        )
 
     def run_until(self, moment: float) -> None:
         while self._events and self._events[0][0] <= moment:
             self.now, _, what, who = heapq.heappop(self._events)
             if what == "fetched":
                 self._fetched += self.pipeline.rows
+                self._calls += 1
+                self.fresh.discard(who)
                 self._fetchers[who].go("blocked", self.now)
+                self._blocked.add(who)
+                ended, computed, seconds = self._computing[who]
+                self._computing[who] = (ended + computed, 0.0, seconds)
             elif what == "filled":
                 self._enqueuer.go("blocked", self.now)
             elif what == "sent":
@@ -141,12 +175,18 @@ class Simulator:
         pipeline, moved = self.pipeline, True
         while moved:
             moved = False
-            for index, fetcher in enumerate(self._fetchers):
+            for index in sorted(self._blocked):
                 room = self._waiting_rows == 0 or self._waiting_rows + pipeline.rows <= pipeline.buffered * BATCH
-                if fetcher.state == "blocked" and room:
-                    self._waiting_rows += pipeline.rows
+                if not room:
+                    break
+                self._waiting_rows += pipeline.rows
+                if index in self._leaving:
+                    self._leaving.discard(index)
+                    self._blocked.discard(index)
+                    self._fetchers[index].go("gone", self.now)
+                else:
                     self._call(index)
-                    moved = True
+                moved = True
             if self._enqueuer.state == "starved" and self._waiting_rows >= BATCH:
                 self._waiting_rows -= BATCH
                 self._enqueuer.go("fill", self.now)
@@ -166,14 +206,17 @@ class Simulator:
         now, enqueuer = self.now, self._enqueuer
         busy = sum(fetcher.in_state("busy", now) for fetcher in self._fetchers)
         feed = enqueuer.in_state("feed", now)
-        at_once = self.pipeline.fetchers if self.pipeline.turns else 20
+        blocked = sum(fetcher.in_state("blocked", now) for fetcher in self._fetchers)
+        computed = 0.0
+        for fetcher, (ended, this, seconds) in zip(self._fetchers, self._computing.values(), strict=True):
+            computed += ended + this * (now - fetcher.since) / seconds
         return Counters(
             at=now,
             trainer_wait=self._trainer.in_state("wait", now),
-            fetchers=now * self.pipeline.fetchers,
+            fetchers=busy + blocked,
             fetch_busy=busy,
-            fetch_blocked=sum(fetcher.in_state("blocked", now) for fetcher in self._fetchers),
-            fetch_cpu=busy / at_once,
+            fetch_blocked=blocked,
+            fetch_cpu=computed,
             enqueue_busy=enqueuer.in_state("fill", now) + feed,
             enqueue_starved=enqueuer.in_state("starved", now),
             enqueue_blocked=enqueuer.in_state("blocked", now),
@@ -182,4 +225,5 @@ class Simulator:
             rows_delivered=self._batches * BATCH,
             batches=self._batches,
             depth=self._on_device,
+            calls=self._calls,
         )

@@ -9,8 +9,9 @@ import pytest
 from gates import HANG_SECONDS
 
 import input_workers as iw
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 from input_workers.metrics.histogram import MOST_PARTS
-from input_workers.metrics.recorder import FetcherRecorder, SourceRecorder
+from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.timed import fetcher_here
 
 

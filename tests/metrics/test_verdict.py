@@ -7,7 +7,7 @@ import pytest
 from metrics.pipeline_simulator import Pipeline, Simulator, random_pipeline
 
 from input_workers.metrics.snapshot import StageShares, WindowStats
-from input_workers.metrics.verdict import VERDICTS, Setting, judge, workers_wanted
+from input_workers.metrics.verdict import HELD, VERDICTS, Setting, judge, workers_wanted
 from input_workers.metrics.windows import Counters, Marks, window_of
 
 WARM, END = 20.0, 80.0  # simulated seconds
@@ -104,6 +104,30 @@ def test_fetchers_that_use_all_cores_are_not_told_to_become_more(fetchers):
     text = judge(window(fetcher_cores=3.8), Setting(fetchers=fetchers, workers=4, cores=4)).text
     assert "3.8 of 4 cores" in text
     assert "add workers" not in text
+
+
+def test_processes_that_use_all_cores_are_not_told_to_become_more():
+    text = judge(window(fetcher_cores=1.45, fetchers_alive=2.0), Setting(fetchers="process", workers=2, cores=1.5)).text
+    assert "1.4 of 1.5 cores" in text
+
+
+@pytest.mark.parametrize(
+    ("held_by", "says"),
+    [
+        ("", "workers are being added (now 4)"),
+        ("max_workers", "raise max_workers (now 4)"),
+        ("bytes", "max_buffered_bytes: raise it"),
+        ("cores", "4 workers have all the cores"),
+        ("gain", "more than 4 workers do not fetch more"),
+        ("start", "more than 4 workers could not be started"),
+        ("end", "the first have no more data"),
+    ],
+)
+def test_where_the_number_follows_by_itself_nobody_is_told_to_change_it(held_by, says):
+    text = judge(window(), Setting(workers=4, cores=8, held_by=held_by)).text
+    assert says in text
+    assert "add workers" not in text
+    assert set(HELD) | {""} >= {held_by}
 
 
 def test_fetchers_without_data_are_not_told_to_become_more():

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import input_workers as iw
-from input_workers.metrics.recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 from input_workers.progress import Spans, add_span
 from input_workers.sources.stream_calls import StreamCalls
 

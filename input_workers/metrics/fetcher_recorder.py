@@ -1,0 +1,185 @@
+"""What one fetcher does goes in, as counters that it alone writes; readings of them come out."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
+
+from input_workers.contracts import FetchRequest
+from input_workers.metrics.histogram import Durations, Histogram, PartNames
+from input_workers.metrics.snapshot import WorkerStats
+from input_workers.metrics.trace import FetcherTrack, Span, Track
+
+__all__ = ["Abandoned", "FetcherRecorder", "Released", "Told", "waited"]
+
+# What a worker process tells with the answer to a call: how long the function took; when the call began and ended (0: it is
+# told with the next answer); and since the answer before, its processor seconds, the parts by name, and spans for a trace.
+Told: TypeAlias = tuple[float, float, float, float, Sequence[tuple[str, Durations]], Sequence[Span]]
+
+
+def waited(wait: tuple[float, float], now: float) -> float:
+    """Return the seconds of (those that ended, since when one goes on or `inf`), up to now."""
+    ended, since = wait
+    return ended if since == math.inf else ended + max(0.0, now - since)
+
+
+class Abandoned(BaseException):
+    """Ends a fetcher whose call took too long and was given to another. No Exception: nobody recovers from it."""
+
+
+class Released(BaseException):
+    """Ends a fetcher that was asked to rest, when all that it was dealt has been delivered."""
+
+
+class FetcherRecorder:
+    """What one fetcher did. Written by that fetcher alone.
+
+    Attributes:
+        rows: rows of valid chunks, counted before they are put.
+        stopped_rows: of those, rows that the closed queue did not take.
+        blocked: seconds spent waiting for room in the chunk queue, and `time.monotonic()` since it waits now, or `inf`;
+            replaced as one, so that a reader never sees the sum fall.
+        call_started: `time.monotonic()` of the running call; `inf` between calls.
+        request: what is being fetched, or None.
+        calls: durations of the calls.
+        parts: durations of parts of the calls, by name.
+        worked: seconds that it was there, in the form of `blocked`.
+        cpu: processor seconds of earlier threads and of worker processes, and of the present thread its clock (None: there
+            is none) and what that showed at first.
+        alive: the fetcher has begun and not ended.
+        attempt: what is fetched in place of a call that failed.
+        abandoned: its call took too long, and what it returns is discarded.
+        trace: where to note what it does; None: no trace runs. Another thread may set it at any moment: look once.
+        released: it is to rest when its call has ended. Written by its backend.
+    """
+
+    # Invariant under _claim: a call that `abandon` has taken away never ends; one that has ended is not taken away.
+
+    __slots__ = (
+        "_claim", "_part_names", "abandoned", "alive", "attempt", "blocked", "call_started", "calls", "cpu", "errors",
+        "parts", "released", "request", "rows", "stopped_rows", "trace", "worked", "worker_id",
+    )  # fmt: skip
+
+    def __init__(self, worker_id: int, part_names: PartNames | None = None) -> None:
+        self._claim = threading.Lock()
+        self.abandoned = False
+        self.released = False
+        self.attempt: Any = None
+        self.worker_id = worker_id
+        self.rows = 0
+        self.stopped_rows = 0
+        self.blocked = (0.0, math.inf)
+        self.call_started = math.inf
+        self.request: FetchRequest | None = None
+        self.calls = Histogram()
+        self.errors: dict[str, int] = {}
+        self.alive = False
+        self.parts: dict[str, Histogram] = {}
+        self.worked = (0.0, math.inf)
+        self.cpu: tuple[float, int | None, float] = (0.0, None, 0.0)
+        self.trace: Track | None = None
+        self._part_names = PartNames() if part_names is None else part_names
+
+    def part(self, name: str) -> Histogram:
+        """Return the histogram of a part that has none here by this name."""
+        return self.parts.setdefault(self._part_names.take(str(name)), Histogram())
+
+    def add_told(self, told: Told, pid: int, call: str, request: int | None) -> None:
+        """Add what a worker process has told with an answer; `call` is what the call is called in a trace, or ""."""
+        _, began, ended, cpu, parts, spans = told
+        self.cpu = self.cpu[0] + cpu, *self.cpu[1:]
+        for name, durations in parts:
+            (self.parts.get(name) or self.part(name)).add(durations)
+        trace = self.trace
+        if isinstance(trace, FetcherTrack):
+            trace.add_from(pid, [*spans, (call, began, ended, request)] if began and call else spans)
+
+    def begin_work(self) -> None:
+        """The fetcher's thread begins; to be called in it."""
+        self.worked = self.worked[0], time.monotonic()
+        if hasattr(time, "pthread_getcpuclockid"):
+            clock = time.pthread_getcpuclockid(threading.get_ident())
+            self.cpu = self.cpu[0], clock, time.clock_gettime(clock)
+
+    def end_work(self) -> None:
+        """The fetcher's thread ends; to be called in it."""
+        self.cpu = self.cpu_seconds(), None, 0.0
+        self.worked = waited(self.worked, time.monotonic()), math.inf
+
+    def busy_seconds(self, now: float) -> float:
+        """Return the seconds inside calls, with the one that runs."""
+        call_started = math.inf if self.abandoned else self.call_started
+        return self.calls.seconds() + (0.0 if call_started == math.inf else max(0.0, now - call_started))
+
+    def cpu_seconds(self) -> float:
+        """Return the processor time of its threads."""
+        ended, clock, first = self.cpu
+        if clock is None:
+            return ended
+        try:
+            return ended + time.clock_gettime(clock) - first
+        except OSError:  # the thread has ended just now
+            return ended
+
+    def end_call(self) -> None:
+        """A call has returned or raised. Raises Abandoned if nobody waits for it any more."""
+        with self._claim:
+            if self.abandoned:
+                raise Abandoned
+            self.call_started = math.inf
+
+    def abandon(self, overdue_since: float) -> bool:
+        """Take the running call away from the fetcher if it was begun before; False: it has ended, or was begun later."""
+        with self._claim:
+            if self.abandoned or self.call_started > overdue_since:
+                return False
+            self.abandoned = True
+            self.worked = waited(self.worked, self.call_started), math.inf  # this call is nobody's time
+            return True
+
+    def count_error(self, name: str) -> None:
+        """Count a failed call by the name of its error."""
+        self.errors = {**self.errors, name: self.errors.get(name, 0) + 1}  # replaced, so a reader may iterate
+
+    def stats(self, now: float, before: WorkerStats | None) -> WorkerStats:
+        """Return what it does, with the sums of those whose place it took."""
+        request, call_started, blocked_since = self.request, self.call_started, self.blocked[1]
+        rows, errors = (before.rows, before.errors) if before is not None else (0, 0)
+        state: Literal["fetching", "blocked", "idle", "ended"] = "idle"
+        since = math.inf
+        if not self.alive or self.abandoned:
+            state, request = "ended", None
+        elif call_started != math.inf:
+            state, since = "fetching", call_started
+        elif blocked_since != math.inf:
+            state, since = "blocked", blocked_since
+        return WorkerStats(
+            state,
+            max(0.0, now - since) if since != math.inf else 0.0,
+            request.index if request is not None else None,
+            rows + self.rows,
+            errors + sum(self.errors.values()),
+        )
+
+    @classmethod
+    def merged(cls, recorders: Iterable[FetcherRecorder]) -> FetcherRecorder:
+        """Return a recorder of an ended fetcher with the sums of these."""
+        recorders = list(recorders)
+        total = cls(-1)
+        total.rows = sum(recorder.rows for recorder in recorders)
+        total.stopped_rows = sum(recorder.stopped_rows for recorder in recorders)
+        total.blocked = (sum(recorder.blocked[0] for recorder in recorders), math.inf)
+        total.calls = Histogram.merged(recorder.calls for recorder in recorders)
+        total.worked = (sum(recorder.worked[0] for recorder in recorders), math.inf)
+        total.cpu = (sum(recorder.cpu_seconds() for recorder in recorders), None, 0.0)
+        parts = [dict(recorder.parts) for recorder in recorders]
+        total.parts = {
+            name: Histogram.merged(each[name] for each in parts if name in each) for name in sorted(set().union(*parts))
+        }
+        for recorder in recorders:
+            for name, count in recorder.errors.items():
+                total.errors[name] = total.errors.get(name, 0) + count
+        return total
