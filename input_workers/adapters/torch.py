@@ -101,6 +101,9 @@ class Loader(DataLoader):  # type: ignore[misc]
         self._epoch, self._position = weakref.ref(epoch), epoch.position
         return epoch
 
+    def check_worker_number_rationality(self) -> None:
+        """More workers than cores is no mistake: threads may wait for files, or run without the interpreter lock."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch is. Plain data, if the states of the data set and of the sampler are."""
         position = self._resume or self._position

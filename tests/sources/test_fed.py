@@ -1,4 +1,4 @@
-"""A Stream that the trainer feeds: what is given is fetched in order, a fetcher that finds nothing waits, and every end wakes it."""
+"""A Stream that the trainer feeds: what is given is fetched in order; a fetcher that finds none waits; every end wakes it."""
 
 from __future__ import annotations
 
@@ -43,9 +43,10 @@ def test_what_is_given_comes_back_in_order_whenever_it_is_given(coordinator, fet
             assert (int(batch.data[0]), int(batch.label[0])) == (number * 7, number)
             stream.forget(number)
             stream.give(b"%d" % ((number + 3) * 7))
+        for _ in range(3):
+            source.next_batch()
         with pytest.raises(iw.WaitTimeout):
-            for _ in range(4):  # three are still to come
-                source.next_batch(timeout_s=1.0)
+            source.next_batch(timeout_s=0.01)
         await_true(lambda: source.stats().fetcher_blocked_seconds > 0)  # who waits for a request does not fetch
         assert source.stats().rows_delivered == 63
 
