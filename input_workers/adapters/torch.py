@@ -107,7 +107,7 @@ class Loader(DataLoader):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """Return where the epoch is. Plain data, if the states of the data set and of the sampler are."""
         position = self._resume or self._position
-        if position.is_over:
+        if position.is_over and self._resume is None:
             position = _Position(random=self._random())
         return {"format": FORMAT, "workers_of": self.num_workers if self._is_iterable else None, **position.plain()}
 
@@ -284,6 +284,10 @@ class _Epoch:
             position.by_worker[lane] += 1
             position.states[lane] = answer.state
             position.turn = at + 1
+            if answer.is_last:
+                del self._lanes[at]
+                position.ended.append(lane)
+                position.turn = at
             return _pinned(answer.batch) if self._loader.pin_memory else answer.batch
         self.close()
         position.is_over = True

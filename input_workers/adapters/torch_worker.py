@@ -49,9 +49,10 @@ class Order:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """A batch; or the end of what this worker iterates. `state`: where the data set is then, if it can say so."""
+    """A batch, perhaps the last of what this worker iterates; or the end of it. `state`: where the data set is then, if known."""
 
     batch: Any
+    is_last: bool = False
     is_end: bool = False
     state: Any = None
 
@@ -127,17 +128,17 @@ class _Worker:
         seed = fetch.seed + worker_id
         self.info = torch_worker.WorkerInfo(id=worker_id, num_workers=fetch.workers, seed=seed, dataset=self._dataset)
         if fetch.in_process:
+            let_threads_have_worker_info()
             torch.set_num_threads(1)
             random.seed(seed)
             torch.manual_seed(seed)
             np.random.seed(np.random.SeedSequence([worker_id, fetch.seed & 0xFFFFFFFF, fetch.seed >> 32, 0]).generate_state(4))
-            torch_worker._worker_info = self.info  # what PyTorch's own workers set
+            torch_worker._worker_info = self.info  # what PyTorch's own workers set, for threads of the user's
             if fetch.auto_collation and fetch.collate_fn is default_collate:
                 from input_workers.adapters.torch_wire import collate_rows
 
                 self._collate = collate_rows
-        else:
-            _here.info = self.info
+        _here.info = self.info
         if fetch.init is not None:
             fetch.init(worker_id)
         if fetch.in_process:
@@ -154,7 +155,7 @@ class _Worker:
         if items is None:
             self._has_ended = True
             return Answer(None, is_end=True)
-        return Answer(self._collate(items[0]), state=self._state())
+        return Answer(self._collate(items[0]), is_last=self._has_ended, state=self._state())
 
     def _read(self, indices: Any) -> Any:
         dataset = self._dataset
@@ -235,15 +236,21 @@ def info_here() -> Any:
 
 def _get_worker_info() -> Any:
     # This becomes the code of PyTorch's own function, and runs among the names of its module.
+    import sys
+
     from input_workers.adapters.torch_worker import info_here
 
-    return info_here() or _worker_info  # type: ignore[name-defined]  # noqa: F821
+    info = info_here()
+    if info is None:
+        return _worker_info  # type: ignore[name-defined]  # noqa: F821
+    # `default_collate` only asks in order to stack into shared memory of its own, which these workers do not need.
+    return None if sys._getframe(1).f_globals.get("__name__") == "torch.utils.data._utils.collate" else info
 
 
 def let_threads_have_worker_info() -> None:
-    """Have `torch.utils.data.get_worker_info()` answer in threads that are workers; everywhere else it is as it was.
+    """Have `torch.utils.data.get_worker_info()` answer in our workers; everywhere else it is as it was.
 
-    PyTorch keeps the answer in one variable of the process. Programs have imported the function by then, so putting another
-    in its place would not reach them; hence its code is replaced.
+    PyTorch keeps the answer in one variable of the process, which threads would share. Programs have imported the function
+    by then, so putting another in its place would not reach them; hence its code is replaced.
     """
     torch_worker.get_worker_info.__code__ = _get_worker_info.__code__
