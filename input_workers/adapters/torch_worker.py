@@ -49,7 +49,7 @@ class Order:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """A batch, perhaps the last of what this worker iterates; or the end of it. `state`: where the data set is then, if known."""
+    """A batch, perhaps the last that this worker iterates; or the end. `state`: where the data set is then, if it says so."""
 
     batch: Any
     is_last: bool = False
