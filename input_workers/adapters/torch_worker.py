@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import default_collate
 from torch.utils.data._utils import worker as torch_worker
 
+from input_workers.adapters.torch_padding import PaddingCollate
 from input_workers.contracts import FetchRequest
 from input_workers.fetchers.worker_seeds import seed_by
 
@@ -134,10 +135,7 @@ class _Worker:
             torch.manual_seed(seed)
             np.random.seed(np.random.SeedSequence([worker_id, fetch.seed & 0xFFFFFFFF, fetch.seed >> 32, 0]).generate_state(4))
             torch_worker._worker_info = self.info  # what PyTorch's own workers set, for threads of the user's
-            if fetch.auto_collation and fetch.collate_fn is default_collate:
-                from input_workers.adapters.torch_wire import collate_rows
-
-                self._collate = collate_rows
+            self._collate = _writing_rows_once(fetch.collate_fn)
         _here.info = self.info
         if fetch.init is not None:
             fetch.init(worker_id)
@@ -148,14 +146,22 @@ class _Worker:
         """Return a batch, or the end."""
         fetch = self._fetch
         if not fetch.is_iterable:
-            return Answer(self._collate(self._read(order.indices)))
+            return Answer(self._collated(self._read(order.indices)))
         if order.round != self._round:
             self._begin(order)
         items = None if self._has_ended else self._next(order.indices)
         if items is None:
             self._has_ended = True
             return Answer(None, is_end=True)
-        return Answer(self._collate(items[0]), is_last=self._has_ended, state=self._state())
+        return Answer(self._collated(items[0]), is_last=self._has_ended, state=self._state())
+
+    def _collated(self, items: Any) -> Any:
+        try:
+            return self._collate(items)
+        except RuntimeError as error:
+            if "equal size" in str(error):  # what torch.stack says
+                error.add_note("unequal lengths are filled up by pad_ragged= of the loader, or left apart by a collate_fn")
+            raise
 
     def _read(self, indices: Any) -> Any:
         dataset = self._dataset
@@ -210,6 +216,15 @@ class _Worker:
             yield
         finally:
             self._random = _random_states()
+
+
+def _writing_rows_once(collate: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what does the same for a worker process, but stacks rows where they are to lie, if it is PyTorch's own."""
+    from input_workers.adapters.torch_wire import collate_rows
+
+    if isinstance(collate, PaddingCollate):
+        return dataclasses.replace(collate, collate=_writing_rows_once(collate.collate))
+    return collate_rows if collate is default_collate else collate
 
 
 def _random_states() -> tuple[Any, Any, Any]:

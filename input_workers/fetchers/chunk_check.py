@@ -158,10 +158,8 @@ class ChunkCheck:
                     hint = ""
                     if array.dtype == spec.dtype and len(shape) == len(spec.shape):
                         hint = " (shapes that change: specs= with None for such a side and rebatch=False, or pad_ragged=)"
-                    raise self._mismatch(
-                        f"input {name!r}: got rows of {array.dtype!r} with shape {shape}",
-                        f"{spec.dtype!r} with shape {spec.shape}, as given or as in the first chunk; nothing is ever cast{hint}",
-                    )
+                    wanted = f"{spec.dtype!r} with shape {spec.shape}, as given or as in the first chunk; nothing is ever cast"
+                    raise self._mismatch(f"input {name!r}: got rows of {array.dtype!r} with shape {shape}", wanted + hint)
         if counts[0] and all(spec.is_fixed for spec in book.known()):
             self._learn(book.known(), counts[0])
         return int(counts[0])
