@@ -15,6 +15,7 @@ from input_workers.coordinator.global_coordinator import GlobalCoordinator
 from input_workers.coordinator.init import init_data_input_workers
 from input_workers.errors import FetchFailed, InputWorkersError, WaitTimeout
 from input_workers.fetchers import Processes, Threads
+from input_workers.fetchers.fork_server import fork_server
 from input_workers.sources.fed import FedStream
 
 __all__ = ["Inline", "Team"]
@@ -39,6 +40,8 @@ class Team:
         self._fetch = fetch
         if fetch.is_iterable and isinstance(fetchers, Processes):
             fetchers = dataclasses.replace(fetchers, restarts=0)  # another process would begin from the first item again
+        if isinstance(fetchers, Processes) and fetchers.start_method == "forkserver":
+            fork_server.load("input_workers.adapters.torch_worker")  # PyTorch, which takes seconds
         lanes = fetch.workers if fetch.is_iterable else 1
         ahead = max(1, prefetch * fetch.workers // lanes)
         self._coordinator = GlobalCoordinator()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import importlib
 import os
 import pickle
 import signal
@@ -26,7 +27,7 @@ __all__ = ["ForkServer", "command", "fork_server", "serve_forks", "worker_enviro
 # A worker's own threads would share its core with those of the other workers.
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 
-FORK, WAIT = b"f", b"w"
+FORK, WAIT, LOAD = b"f", b"w", b"l"
 _DESCRIPTORS = 4  # of a worker: its end of the pipe, the silent pipe, stdout, stderr
 
 
@@ -60,12 +61,28 @@ class Refused(OSError):
 class ForkServer:
     """The parent's end. Thread-safe; started at the first fork, and again should it have died."""
 
-    # Invariant under _lock: one exchange at a time with the server of this process.
+    # Invariant under _lock: one exchange at a time with the server of this process, which has imported `_loaded`.
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._end: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._loaded: set[str] = set()
+
+    def load(self, module: str) -> None:
+        """Have the server import a module once, so that no worker forked from now on need spend seconds on it.
+
+        It must start no threads. One that cannot be imported is left to the workers, who say why. Raises OSError: no server.
+        """
+        with self._lock:
+            if self._end is None or self._process is None or self._process.poll() is not None:
+                self._start()
+            if module not in self._loaded:
+                with self._exchange() as end:
+                    name = module.encode()
+                    end.sendall(LOAD + len(name).to_bytes(8, "big") + name)
+                    self._answer(end)
+                self._loaded.add(module)
 
     def fork(self, descriptors: Sequence[int]) -> tuple[int, int]:
         """Fork a worker with these descriptors; return (its pid, a descriptor that is readable when it has ended).
@@ -158,6 +175,7 @@ class ForkServer:
 
     def _start(self) -> None:
         self._stop()
+        self._loaded = set()
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(True)  # whatever socket.setdefaulttimeout says
@@ -217,6 +235,11 @@ def _serve(end: socket.socket, main: Callable[[int, int, Sequence[str]], None]) 
                 os.close(ended)
             for descriptor in descriptors:
                 os.close(descriptor)
+        elif order == LOAD:
+            name = end.recv(int.from_bytes(end.recv(8, socket.MSG_WAITALL), "big"), socket.MSG_WAITALL).decode()
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+            _reply(end, 0)
         elif order == WAIT:
             pid = int.from_bytes(end.recv(8, socket.MSG_WAITALL), "big")
             try:
