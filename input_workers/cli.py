@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--at", type=int, action="append", required=True, metavar="BATCH", help="stop after so many batches; may be repeated"
     )
     bench = commands.add_parser("bench", help="measure the package against the limits of this machine")
-    bench.add_argument("benchmark", choices=["core", "processes", "streams"])
+    bench.add_argument("benchmark", choices=["core", "loader", "processes", "streams"])
     bench.add_argument("only", nargs="?", help="run only those whose name contains this")
     top = commands.add_parser("top", help="show the numbers of a trainer that serves its metrics, refreshed every second")
     top.add_argument("url", metavar="URL", nargs="?", default=DEFAULT_URL, help=f"by default {DEFAULT_URL}")
