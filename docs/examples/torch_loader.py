@@ -15,11 +15,11 @@ def make_loader():
 
 
 loader = make_loader()
-for step, (_, label) in enumerate(loader, 1):
+for step, _batch in enumerate(loader, 1):
     if step == 4:
         state = loader.state_dict()
         break
 resumed = make_loader()
 resumed.load_state_dict(state)
 rest = [label for _, label in resumed]
-print(f"{step} batches of {len(label)}, and {len(rest)} more after a resume")
+print(f"{step} batches of {len(rest[0])}, and {len(rest)} more after a resume")

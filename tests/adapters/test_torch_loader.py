@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from adapters.torch_data import Everything, Pair, Random, Remembering, Sharded, assert_same
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import (
     BatchSampler,
@@ -78,7 +78,7 @@ SAMPLERS = {
 }
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     sampler=st.sampled_from(list(SAMPLERS)),
     batching=st.sampled_from(
@@ -89,6 +89,9 @@ SAMPLERS = {
     collate=st.sampled_from([None, ragged]),
     take=st.sampled_from([None, None, 2]),
 )
+@example("eager", {"batch_size": None}, {"num_workers": 1}, False, None, None)
+@example("eager", {"batch_size": None}, {"num_workers": 1}, True, None, None)
+@example("lazy", {"batch_size": 2}, {"num_workers": 2, "prefetch_factor": 2}, False, None, 2)
 def test_what_dataloader_yields_and_draws(sampler, batching, workers, persistent, collate, take) -> None:
     arguments = {"dataset": Everything(), **SAMPLERS[sampler], **batching}
     if collate is not None and batching["batch_size"] is not None:

@@ -49,7 +49,7 @@ MAKERS = {
 }
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     maker=st.sampled_from(list(MAKERS)),
     workers=st.tuples(st.integers(0, 2), st.integers(0, 2)),
