@@ -5,7 +5,6 @@ Imports PyTorch: loaded when it is used.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -93,7 +92,6 @@ class Loader(DataLoader):  # type: ignore[misc]
         self._fetchers = known[fetchers] if isinstance(fetchers, str) else fetchers
         self._is_iterable = isinstance(dataset, IterableDataset)
         self._kept: Team | None = None  # workers that are kept from epoch to epoch
-        self._epoch: Callable[[], Epoch | None] = lambda: None  # of `for`, as long as somebody has it
         self._position = Position()
         self._resume: Position | None = None
         if isinstance(self._fetchers, Threads) and num_workers:
@@ -102,11 +100,10 @@ class Loader(DataLoader):  # type: ignore[misc]
     def __iter__(self) -> Epoch:
         """Begin an epoch; where persistent workers are kept, the one before is over."""
         resume, self._resume = self._resume, None
-        last = self._epoch()
-        if last is not None and self.persistent_workers:
-            last.close()
+        if self._kept is not None:
+            self._kept.discard()
         epoch = Epoch(self, resume)
-        self._epoch, self._position = weakref.ref(epoch), epoch.position
+        self._position = epoch.position
         return epoch
 
     def check_worker_number_rationality(self) -> None:

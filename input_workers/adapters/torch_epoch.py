@@ -149,16 +149,10 @@ class Epoch:
                 position.ended.append(lane)
                 position.turn = at
             return _pinned(answer.batch) if self._loader.pin_memory else answer.batch
-        self.close()
+        if not self._loader.persistent_workers:
+            team.stop()
         position.is_over = True
         raise StopIteration
-
-    def close(self) -> None:
-        """No more is wanted of this epoch."""
-        if not self._loader.persistent_workers:
-            self._team.stop()
-        elif isinstance(self._team, Team):
-            self._team.discard()
 
     def _give(self, lane: int) -> None:
         """Have the next batch of this lane read, if there is one."""

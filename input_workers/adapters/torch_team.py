@@ -100,13 +100,21 @@ class Team:
                 return answer
             return self._fetch.answers.pop((lane, number))
         self.stop()
-        raise _of_the_user(failure)
+        try:
+            raise _of_the_user(failure)
+        finally:
+            del failure  # or this frame and the exception would hold each other, and with them the loader
 
     def discard(self) -> None:
-        """Take what was ordered and is not wanted any more."""
+        """Take what was ordered and is not wanted any more. Raises WaitTimeout: it did not come in time."""
         for lane, numbers in enumerate(self._numbers):
             while numbers and not self.is_stopped:
-                self.take(lane)
+                try:
+                    self.take(lane)
+                except WaitTimeout:
+                    raise
+                except Exception:  # of a batch that nobody wants: the team is stopped, and another begins
+                    break
 
     def stop(self) -> None:
         """End the workers. Idempotent."""

@@ -152,7 +152,8 @@ def test_worker_init_fn_may_change_the_workers_own_data_set(fetchers) -> None:
 
 
 def test_dataloaders_own_workers_are_as_they_were() -> None:
-    list(loader(Who(), 1, num_workers=1))
+    ours = next(iter(loader(Everything(), 2, num_workers=1)))
+    assert not ours["image"].is_shared(), "a file in /dev/shm for each tensor, of which threads have no need"
     batch = next(iter(DataLoader(Everything(), 2, num_workers=1)))
     assert batch["image"].is_shared()
     assert [item[0].tolist() for item in DataLoader(Who(), 6, num_workers=2)] == [[0] * 6, [1] * 6]
@@ -172,16 +173,21 @@ def test_nothing_is_left_by_a_break_a_drop_or_an_iterator_never_read(fetchers) -
 def test_persistent_workers_are_the_same_ones_and_end_with_the_loader() -> None:
     made = loader(Who(), 1, num_workers=1, fetchers="process", persistent_workers=True)
     processes = {int(batch[4]) for _ in range(2) for batch in made}
-    for batch in made:  # broken off: what was read ahead is not the next epoch's
-        processes.add(int(batch[4]))
-        break
-    assert len([processes.add(int(batch[4])) for batch in made]) == 12
     assert len(processes) == 1
     old = iter(made)
     next(old)
     iter(made)
     with pytest.raises(iw.QueueClosed, match="another one has begun"):
         next(old)
+
+
+@pytest.mark.parametrize("dataset", [Everything(), Sharded(), Failing(at=5)], ids=["indexed", "iterable", "failing"])
+def test_what_was_read_ahead_of_a_break_is_not_the_next_epochs(dataset) -> None:
+    made = loader(dataset, 1, num_workers=2, collate_fn=str, persistent_workers=True)
+    whole = [batch for _, batch in zip(range(5), made, strict=False)]
+    for count in (1, 3, 4):
+        assert [batch for _, batch in zip(range(count), made, strict=False)] == whole[:count]
+    assert [batch for _, batch in zip(range(5), made, strict=False)] == whole
 
 
 def test_a_dead_worker_is_replaced_but_not_one_that_iterates() -> None:
