@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import pickle
 from typing import Any
@@ -44,7 +45,8 @@ class Team:
             fork_server.load("input_workers.adapters.torch_worker")  # PyTorch, which takes seconds
         lanes = fetch.workers if fetch.is_iterable else 1
         ahead = max(1, prefetch * fetch.workers // lanes)
-        self._coordinator = GlobalCoordinator()
+        coordinator = GlobalCoordinator()
+        self._coordinator: GlobalCoordinator | None = coordinator
         self._streams: list[FedStream] = []
         self._numbers: list[collections.deque[int]] = []
         for lane in range(lanes):
@@ -63,12 +65,12 @@ class Team:
                 timeout_s=timeout_s,
                 device_queue_depth=ahead,
                 specs=[BYTES, BYTES] if fetch.in_process else [ArraySpec((), np.int64)],
-                coordinator=self._coordinator,
+                coordinator=coordinator,
             )
             self._streams.append(stream)
             self._numbers.append(collections.deque())
-        self._sources = list(self._coordinator)
-        self._coordinator.start()
+        self._sources = list(coordinator)
+        coordinator.start()
 
     def give(self, lane: int, order: bytes) -> None:
         """Have this order carried out."""
@@ -103,7 +105,7 @@ class Team:
         try:
             raise _of_the_user(failure)
         finally:
-            del failure  # or this frame and the exception would hold each other, and with them the loader
+            del failure  # or this frame and the exception would hold each other, and with them the trainer's frames
 
     def discard(self) -> None:
         """Take what was ordered and is not wanted any more. Raises WaitTimeout: it did not come in time."""
@@ -119,7 +121,9 @@ class Team:
     def stop(self) -> None:
         """End the workers. Idempotent."""
         self.is_stopped = True
-        self._coordinator.stop()
+        coordinator, self._coordinator, self._sources = self._coordinator, None, []
+        if coordinator is not None:  # let go of: it knows the failure, whose traceback knows this
+            coordinator.stop()
 
 
 class Inline:
@@ -150,5 +154,12 @@ def _of_the_user(failed: FetchFailed) -> BaseException:
     cause = failed.__cause__
     if not isinstance(cause, Exception) or isinstance(cause, StopIteration):  # which would end a `for` in silence
         return failed
-    cause.add_note(f"raised by {str(failed).partition(': ')[0]}")
-    return cause
+    # The run keeps the exception, and its traceback the run; the trainer's frames, added to it by raising, would stay, too.
+    try:
+        error = copy.copy(cause).with_traceback(cause.__traceback__)
+        error.__dict__.update(cause.__dict__, __notes__=[*getattr(cause, "__notes__", ())])
+    except Exception:  # its class has an __init__ of its own
+        error = cause
+    error.__cause__ = cause.__cause__
+    error.add_note(f"raised by {str(failed).partition(': ')[0]}")
+    return error
