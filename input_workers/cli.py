@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench = commands.add_parser("bench", help="measure the package against the limits of this machine")
     benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name in ("auto", "core", "device", "keras", "processes", "streams"):
+    for name in ("auto", "core", "device", "keras", "loader", "processes", "streams"):
         one = benchmarks.add_parser(name)
         one.add_argument("only", nargs="?", help="run only those whose name contains this")
     headspace = benchmarks.add_parser(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,7 @@ class FetchSide:
         if isinstance(settings.fetch_fun, Stream):
             stream = settings.fetch_fun
             self._plan = stream.plan(settings.last_batch, settings.batch_axes, position.left)
+            follow = getattr(self._plan, "follow", None)  # of a FedStream
             self.calls = calls = StreamCalls(
                 self._plan,
                 rows_per_request=position.rows_per_request or stream.rows_per_request or batch_size,
@@ -100,7 +102,10 @@ class FetchSide:
                 done=position.done,
                 lend=self._lend,
                 deals_again=not workers,
+                allowed=math.inf if follow is None else 0,
             )
+            if follow is not None:
+                follow(calls.allow)
             requests_in = calls.requests_in if stream.epoch_end == "break" else None
         else:
             self.calls = FunctionCalls(settings.fetch_fun, batch_size)
@@ -150,6 +155,11 @@ class FetchSide:
             )
         first, done = at
         return Position(first, done, self._plan.left, self.calls.rows_per_request)
+
+    def close(self) -> None:
+        """No more is wanted: wake who waits for a request."""
+        if isinstance(self.calls, StreamCalls):
+            self.calls.close()
 
     def retarget(self, batch_size: int) -> None:
         """The batch size has changed."""

@@ -243,6 +243,7 @@ class Run:
             return
         self.signal.request_stop()
         self._end_windows()
+        self.fetching.close()
         self.recorder.drop("stopped", self.chunks.abort())
         self.book.end()
         self.signal.ended.set()
@@ -297,6 +298,7 @@ class Run:
 
     def _close_input(self) -> None:
         """No chunk will be taken any more."""
+        self.fetching.close()
         self.chunks.close()
         self.book.end()
 

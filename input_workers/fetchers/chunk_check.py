@@ -155,10 +155,11 @@ class ChunkCheck:
             specs = book.specs or book.learn(found)
             for name, spec, array, shape in zip(names, specs, arrays, row_shapes, strict=True):
                 if array.dtype != spec.dtype or not spec.admits(shape):
-                    raise self._mismatch(
-                        f"input {name!r}: got rows of {array.dtype!r} with shape {shape}",
-                        f"{spec.dtype!r} with shape {spec.shape}, as given or as in the first chunk; nothing is ever cast",
-                    )
+                    hint = ""
+                    if array.dtype == spec.dtype and len(shape) == len(spec.shape):
+                        hint = " (shapes that change: specs= with None for such a side and rebatch=False, or pad_ragged=)"
+                    wanted = f"{spec.dtype!r} with shape {spec.shape}, as given or as in the first chunk; nothing is ever cast"
+                    raise self._mismatch(f"input {name!r}: got rows of {array.dtype!r} with shape {shape}", wanted + hint)
         if counts[0] and all(spec.is_fixed for spec in book.known()):
             self._learn(book.known(), counts[0])
         return int(counts[0])

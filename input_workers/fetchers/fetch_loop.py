@@ -149,7 +149,7 @@ def fetch_loop(
     clock, rows_of, offer, pack = time.monotonic, check.rows_of, chunks.offer, chunks.pack
     owns_results = getattr(calls, "owns_results", False)
     can_be_abandoned = recovery is not None and recovery.abandons
-    deal: Callable[[int], FetchRequest] | None = getattr(calls, "deal", None)
+    deal: Callable[[FetcherRecorder], FetchRequest] | None = getattr(calls, "deal", None)
     deals = can_be_abandoned and deal is not None
     recorder.alive = True
     try:
@@ -169,7 +169,7 @@ def fetch_loop(
                     result = function(worker_id, calls.batch_size)  # type: ignore[union-attr]
                 elif deals and deal is not None:
                     recorder.request = None
-                    recorder.request = request = deal(worker_id)
+                    recorder.request = request = deal(recorder)
                     # The call begins when its request is known: whoever takes it over needs that.
                     recorder.call_started = now = clock()
                     result = calls.fetch(request)  # type: ignore[union-attr]
@@ -190,11 +190,10 @@ def fetch_loop(
                 continue
             if attempt is not None and not attempt.is_over:
                 break
-            started, now = now, clock()
+            # Not before it began: a worker process says how long a call took, and a request may have been waited for.
+            before, started, now = now, recorder.call_started, clock()
             if (trace := recorder.trace) is not None and attempt is None:
-                trace.add(trace.call, started, now, index_of(request))
-            if owns_results:  # made in a worker process, which says how long it took
-                started = recorder.call_started
+                trace.add(trace.call, before if owns_results else started, now, index_of(request))
             if can_be_abandoned:
                 recorder.end_call()
             # One look at the clock a call: what lies between two calls is shorter than it is worth to measure.

@@ -62,12 +62,13 @@ class Refused(OSError):
 class ForkServer:
     """The parent's end. Thread-safe; started at the first fork, and again should it have died."""
 
-    # Invariant under _lock: one exchange at a time with the server of this process.
+    # Invariant under _lock: one exchange at a time with the server of this process, which has imported `_loaded`.
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._end: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._loaded: set[str] = set()
 
     def fork(self, descriptors: Sequence[int], preload: Sequence[str] = ()) -> tuple[int, int]:
         """Fork a worker with these descriptors; return (its pid, a descriptor that is readable when it has ended).
@@ -88,10 +89,11 @@ class ForkServer:
 
     def _fork(self, descriptors: Sequence[int], preload: Sequence[str]) -> tuple[int, int]:
         with self._exchange() as end:
-            if preload:
-                names = pickle.dumps(tuple(preload))
-                end.sendall(PRELOAD + len(names).to_bytes(8, "big") + names)
-                self._answer(end)
+            for name in preload:
+                if name not in self._loaded:
+                    end.sendall(PRELOAD + len(name.encode()).to_bytes(8, "big") + name.encode())
+                    self._answer(end)
+                    self._loaded.add(name)
             end.sendall(FORK)
             reduction.sendfds(end, list(descriptors))
             pid = self._answer(end)
@@ -166,6 +168,7 @@ class ForkServer:
 
     def _start(self) -> None:
         self._stop()
+        self._loaded = set()
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(True)  # whatever socket.setdefaulttimeout says
@@ -226,8 +229,8 @@ def _serve(end: socket.socket, main: Callable[[int, int, Sequence[str]], None]) 
             for descriptor in descriptors:
                 os.close(descriptor)
         elif order == PRELOAD:
-            names = pickle.loads(end.recv(int.from_bytes(end.recv(8, socket.MSG_WAITALL), "big"), socket.MSG_WAITALL))  # noqa: S301
-            _reply(end, _import(names))
+            name = end.recv(int.from_bytes(end.recv(8, socket.MSG_WAITALL), "big"), socket.MSG_WAITALL).decode()
+            _reply(end, _import(name))
         elif order == WAIT:
             pid = int.from_bytes(end.recv(8, socket.MSG_WAITALL), "big")
             try:
@@ -238,12 +241,11 @@ def _serve(end: socket.socket, main: Callable[[int, int, Sequence[str]], None]) 
             return
 
 
-def _import(names: Sequence[str]) -> int | tuple[int, str]:
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except Exception as error:  # foreign code
-            return errno.EINVAL, f"preload: {name!r} cannot be imported: {describe(error)}"
+def _import(name: str) -> int | tuple[int, str]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # foreign code
+        return errno.EINVAL, f"preload: {name!r} cannot be imported: {describe(error)}"
     return 0
 
 

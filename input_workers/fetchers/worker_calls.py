@@ -117,7 +117,7 @@ class WorkerCalls:
             try:
                 self._begin()
                 if not released:
-                    self._deal_ahead()
+                    self._deal_ahead(recorder)
                 if not self._sent:
                     raise EndOfData
                 recorder.request = self._sent[0].request
@@ -155,8 +155,8 @@ class WorkerCalls:
                 raise EndOfData
             self._restart()
 
-    def _deal_ahead(self) -> None:
-        """Send requests, so that the worker has one to go on with when it has answered."""
+    def _deal_ahead(self, recorder: FetcherRecorder) -> None:
+        """Send requests, so that the worker has one to go on with when it has answered. Waits for one if it has none."""
         calls: list[_Call] = []
         requests = self._settings.requests
         while len(self._sent) + len(calls) < CALLS_AHEAD:
@@ -167,8 +167,10 @@ class WorkerCalls:
             if last is not None and len(last.rows) > MAX_ROWS_AHEAD:  # it might not fit into the pipe
                 break
             try:
-                request = requests.deal(self.worker_id)
+                request = requests.deal_now(self.worker_id) if last is not None else requests.deal(recorder)
             except EndOfData:
+                break
+            if request is None:
                 break
             if last is not None and request.ordinal < last.ordinal:
                 # It was given back, and is for a worker with nothing before it: in order, this one's might wait for it.

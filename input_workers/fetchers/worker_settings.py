@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from input_workers.contracts import ArraySpec, FetchRequest
 from input_workers.fetchers import StartMethod
 from input_workers.fetchers.worker_job import Job
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
 
 __all__ = ["Requests", "WorkerSettings"]
 
@@ -18,8 +19,11 @@ class Requests(Protocol):
 
     batch_size: int
 
-    def deal(self, worker_id: int) -> FetchRequest:
-        """Return the next request. Raises EndOfData after the last."""
+    def deal(self, recorder: FetcherRecorder) -> FetchRequest:
+        """Return the next request, waiting for it where they come one by one. Raises EndOfData after the last."""
+
+    def deal_now(self, worker_id: int) -> FetchRequest | None:
+        """Return the next request, or None while there is none yet. Raises EndOfData after the last."""
 
     def give_back(self, requests: Sequence[FetchRequest]) -> None:
         """These were not fetched, and are to be dealt again."""

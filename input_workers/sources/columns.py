@@ -44,10 +44,7 @@ class Column:
             SpecMismatch: it is something else, or has another dtype or shape than the rows before it.
             Exception: what the value's own `__array__` raises.
         """
-        try:
-            array = as_array(value)
-        except SpecMismatch as error:
-            raise SpecMismatch(f"{self._what}, row {row}: {error}") from error
+        array = self._checked(row, value)
         self.allocate(row, array.dtype, array.shape)[at] = array
 
     def put_many(self, at: NDArray[np.int64], rows: NDArray[np.int64], values: NDArray[Any]) -> None:
@@ -66,6 +63,8 @@ class Column:
             self._origin = f"row {row}, the first of this request"
         elif array.dtype != dtype or array.shape[1:] != shape:
             wanted = f"{array.dtype!r} of shape {array.shape[1:]}, as {self._origin}; nothing is ever cast"
+            if array.dtype == dtype and len(shape) and array.shape[2:] == shape[1:]:
+                wanted += ", and rows of unequal length are filled up by pad_ragged="
             raise self._mismatch(row, f"{dtype!r} of shape {shape}", wanted)
         return array
 
@@ -74,6 +73,12 @@ class Column:
         if self.array is None:
             raise RuntimeError(f"{self._what}: no row was put")
         return self.array
+
+    def _checked(self, row: int, value: Any) -> NDArray[Any]:
+        try:
+            return as_array(value)
+        except SpecMismatch as error:
+            raise SpecMismatch(f"{self._what}, row {row}: {error}") from error
 
     def _mismatch(self, row: int, got: str, wanted: str) -> SpecMismatch:
         return SpecMismatch(f"{self._what}, row {row}: got {got}; wanted {wanted}")

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from input_workers.errors import ConfigError, SpecMismatch, describe
-from input_workers.sources.columns import Column, Failures, check_rows, make_columns
+from input_workers.sources.columns import Column, Failures, check_rows
+from input_workers.sources.padding import arrays_of, checked_pads, make_padded_columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +24,8 @@ class Map:
     `fetch` returns one array per input, with the rows along axis 0. An item is a tuple or list (one entry per input), a
     mapping (its inputs are `columns`) or anything else (one input). An entry is a NumPy array or scalar, a Python number
     (int64, float64, bool, complex128), or has `__array__`, such as a tensor in host memory. In a request all rows of an
-    input must have the same dtype and shape: nothing is cast or padded. Lists of numbers and strings are no arrays; of a
-    Hugging Face data set take `dataset.with_format("numpy")`.
+    input must have the same dtype and shape, but for what `pad_ragged` names; nothing is cast. Lists of numbers and strings
+    are no arrays; of a Hugging Face data set take `dataset.with_format("numpy")`.
 
     Where the data set has `__getitems__` (PyTorch, Hugging Face), it is called once for all rows of a request; if that
     fails, the rows are read one by one, so that the bad ones can be named.
@@ -37,6 +38,11 @@ class Map:
         columns: for items that are mappings: the keys of the inputs, in their order.
         transform: called with (item, rng) before an item is taken apart, returns an item. `rng` is `request.rng`, a NumPy
             Generator that depends on seed, epoch and request alone; the rows of a request draw from it in their order.
+        pad_ragged: for rows of unequal length, by column, or by place where there are none: `{"tokens": 128}` fills them
+            up with zeros along their first axis, to that length, and a longer one is an error; `(128, -1)` fills with
+            another value. "longest" in place of a length: that of the longest of the request; this needs `rebatch=False`
+            and `specs` with None for the side. After the other inputs comes one for each of these, with the lengths
+            that the rows had, int64: name it `tokens_length`.
 
     Raises:
         ConfigError: a parameter is wrong, or the data set has no length or no rows.
@@ -48,6 +54,7 @@ class Map:
         columns: Sequence[str] | None = None,
         *,
         transform: Callable[[Any, np.random.Generator], Any] | None = None,
+        pad_ragged: Mapping[Any, Any] | None = None,
     ) -> None:
         kind = type(dataset).__qualname__
         if not hasattr(dataset, "__getitem__"):
@@ -68,6 +75,8 @@ class Map:
         self.dataset = dataset
         self.columns = None if columns is None else tuple(columns)
         self.transform = transform
+        pads = checked_pads("Map", pad_ragged)
+        self._pads = pads if columns is not None else {f"input {place}": pad for place, pad in pads.items()}
 
     def __len__(self) -> int:
         return self._rows
@@ -99,8 +108,8 @@ class Map:
                     item = self.transform(item, request.rng)
                 values = self._values(row, item)
                 if columns is None:
-                    names = self.columns or [f"input {index}" for index in range(len(values))]
-                    columns = make_columns("Map", names, len(numbers), request.out)
+                    names = self.columns or [f"input {place}" for place in range(len(values))]
+                    columns = make_padded_columns("Map", names, len(numbers), request.out, self._pads)
                 if len(values) != len(columns):
                     raise SpecMismatch(
                         f"Map, row {row}: got an item of {len(values)} entries; wanted {len(columns)}, as in the rows before it"
@@ -112,7 +121,7 @@ class Map:
             except Exception as error:  # foreign code; the rows after it are still tried
                 failures.add(row, f"raised {describe(error)}", error)
         failures.raise_any(lambda row: f"{type(self.dataset).__qualname__}[{row}]", "Repair the row, or leave it out")
-        return [column.filled() for column in columns or ()]
+        return arrays_of(columns or ())
 
     def _batched(self, numbers: list[int]) -> Sequence[Any] | None:
         """Return the items read together, or None where they must be read one by one."""

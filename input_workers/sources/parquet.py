@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from input_workers.errors import ConfigError, SpecMismatch, describe
-from input_workers.sources.columns import Column, Failures, check_rows, make_columns
+from input_workers.sources.columns import Column, Failures, check_rows
 from input_workers.sources.files import DataFile, Decoder, chosen_decoders, list_files, whole_number
 from input_workers.sources.group_cache import GroupCache
+from input_workers.sources.padding import arrays_of, checked_pads, make_padded_columns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,6 +81,7 @@ class Parquet:
         *,
         block_rows: int | None = None,
         cache_bytes: int = 256 * 1024 * 1024,
+        pad_ragged: Mapping[str, Any] | None = None,
     ) -> None:
         """Read the footers of the files.
 
@@ -88,6 +90,7 @@ class Parquet:
             columns: `["features", "label"]`, or with decoders from a value to an array, `{"image": decode, "label": None}`.
             block_rows: by default the mean number of rows of a row group.
             cache_bytes: decoded row groups are kept up to this many bytes, and the last one read in any case.
+            pad_ragged: for columns whose rows have unequal length; see `Map`.
 
         Raises:
             ConfigError: a parameter is wrong; a file is missing, no Parquet file or damaged; a column is missing, has
@@ -97,6 +100,7 @@ class Parquet:
         self._decoders = chosen_decoders("Parquet", "columns", columns)
         self.columns = tuple(self._decoders)
         self.cache_bytes = whole_number("Parquet", "cache_bytes", cache_bytes)
+        self._pads = checked_pads("Parquet", pad_ragged)
         self._files = list_files("Parquet", paths)
         self.paths = tuple(file.path for file in self._files)
         self._footers: list[Any] = []
@@ -156,7 +160,7 @@ class Parquet:
             SpecMismatch: rows of the request differ in dtype or shape, or are not what `request.out` is for.
         """
         check_rows(rows, self._rows)
-        columns = make_columns("Parquet", self.columns, len(rows), request.out)
+        columns = make_padded_columns("Parquet", self.columns, len(rows), request.out, self._pads)
         failures = Failures()
         of_row = np.searchsorted(self._ends, rows, side="right")
         for group in dict.fromkeys(of_row.tolist()):
@@ -173,7 +177,7 @@ class Parquet:
             for name, column, block in zip(self.columns, columns, blocks, strict=True):
                 _take(name, column, block, self._decoders[name], at, rows[at], inner, failures)
         failures.raise_any(self.file_of, "Write the file again, with this row repaired or left out")
-        return [column.filled() for column in columns]
+        return arrays_of(columns)
 
     def _check_types(self, path: str, schema: Any, types: dict[str, Any]) -> None:
         """Compare the columns of a file with those of the first one, which are noted."""

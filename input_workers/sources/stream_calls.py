@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from input_workers.contracts import FetchRequest
 from input_workers.errors import EndOfData, InputWorkersError
-from input_workers.metrics.fetcher_recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import FetcherRecorder, waited
 from input_workers.progress import Spans, gaps
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class StreamCalls:
         done: spans of offsets that earlier runs delivered, by epoch.
         lend: offers memory for so many rows, one array per input, or None.
         deals_again: a call that Ctrl-C ends is made again: by the trainer, in its own thread.
+        allowed: how many requests there are so far; more come by `allow`, and whoever finds none waits for them.
     """
 
     # Invariant under _lock: every request before the cursor was dealt once, but for those in `_again`, which will be again.
@@ -67,6 +70,7 @@ class StreamCalls:
         done: Mapping[int, Sequence[tuple[int, int]]],
         lend: Callable[[int], list[NDArray[Any]] | None],
         deals_again: bool = False,
+        allowed: float = math.inf,
     ) -> None:
         self.batch_size = batch_size
         self.rows_per_request = rows_per_request
@@ -77,6 +81,9 @@ class StreamCalls:
         self._deals_again = deals_again
         self._per_epoch = -(-plan.most_rows // rows_per_request)
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._allowed = allowed
+        self._is_closed = False
         self._cursor: tuple[int, int, Spans] = (0, first, self._numbers(first))
         self._again: list[tuple[int, int, int]] = []
 
@@ -90,7 +97,8 @@ class StreamCalls:
         """Fetch the next request's rows. Raises EndOfData after the last epoch, and what the source raises."""
         deal: tuple[int, int, int] | None = None
         try:
-            deal = self._deal()
+            deal = self._deal(recorder)
+            assert deal is not None  # noqa: S101  it was waited for
             request = self._request(deal, recorder.worker_id)
             recorder.request = request
             return self.fetch(request), request
@@ -102,15 +110,35 @@ class StreamCalls:
                     self._again.append(deal)
             raise
 
-    def deal(self, worker_id: int) -> FetchRequest:
+    def deal(self, recorder: FetcherRecorder) -> FetchRequest:
         """Return the next request, to be fetched elsewhere. Raises EndOfData after the last epoch."""
-        return self._request(self._deal(), worker_id)
+        deal = self._deal(recorder)
+        assert deal is not None  # noqa: S101  it was waited for
+        return self._request(deal, recorder.worker_id)
+
+    def deal_now(self, worker_id: int) -> FetchRequest | None:
+        """Return the next request, or None while there is none yet. Raises EndOfData after the last epoch."""
+        deal = self._deal(None)
+        return None if deal is None else self._request(deal, worker_id)
+
+    def allow(self, count: int) -> None:
+        """There are so many requests now."""
+        with self._lock:
+            self._allowed = count
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """No more is wanted: whoever waits for a request gets EndOfData."""
+        with self._lock:
+            self._is_closed = True
+            self._changed.notify_all()
 
     def give_back(self, requests: Sequence[FetchRequest]) -> None:
         """These were dealt and not fetched: deal them again, before others."""
         with self._lock:
             self._again += [(each.ordinal, each.epoch, each.begin // self.rows_per_request) for each in requests]
             self._again.sort()
+            self._changed.notify_all()
 
     @property
     def has_given_back(self) -> bool:
@@ -128,9 +156,19 @@ class StreamCalls:
                 "the source of a Stream raised EndOfData; a Stream ends by the length of its source"
             ) from error
 
-    def _deal(self) -> tuple[int, int, int]:
-        """Return (ordinal, epoch, number in the epoch) of the next request."""
+    def _deal(self, recorder: FetcherRecorder | None) -> tuple[int, int, int] | None:
+        """Return (ordinal, epoch, number in the epoch) of the next request; None: there is none yet, and nobody who waits."""
         with self._lock:
+            while not self._again and self._cursor[0] >= self._allowed:
+                if self._is_closed:
+                    raise EndOfData
+                if recorder is None:
+                    return None
+                recorder.call_started = math.inf  # a wait is no call
+                recorder.blocked = recorder.blocked[0], time.monotonic()
+                self._changed.wait()
+                recorder.call_started = now = time.monotonic()
+                recorder.blocked = waited(recorder.blocked, now), math.inf
             if self._again:
                 return self._again.pop(0)
             ordinal, epoch, numbers = self._cursor

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from input_workers.errors import ConfigError, SpecMismatch, describe
-from input_workers.sources.columns import Failures, check_rows, make_columns
+from input_workers.sources.columns import Failures, check_rows
 from input_workers.sources.files import DataFile, Decoder, OpenFiles, chosen_decoders, list_files, whole_number
 from input_workers.sources.image_decode import check_image_size, decode_into, load_opencv
+from input_workers.sources.padding import arrays_of, checked_pads, make_padded_columns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,6 +72,7 @@ class TarShards:
         max_pixels: int = 178_000_000,
         block_rows: int | None = None,
         max_open_files: int = 64,
+        pad_ragged: Mapping[str, Any] | None = None,
     ) -> None:
         """Index the archives: all headers are read, the contents are passed over.
 
@@ -81,6 +83,7 @@ class TarShards:
             max_pixels: a picture whose header announces more is refused undecoded.
             block_rows: by default the mean number of rows of an archive.
             max_open_files: descriptors that are kept open.
+            pad_ragged: for fields whose rows have unequal length; see `Map`. Pictures are all of `image_size`.
 
         Raises:
             ConfigError: a parameter is wrong; a file is missing, compressed, no tar archive, truncated, damaged or empty;
@@ -100,6 +103,10 @@ class TarShards:
                         f"a decoder from bytes to an array: {{{name!r}: decode}}"
                     )
                 self._built_in[name] = BUILT_IN.get(kind)
+        self._pads = checked_pads("TarShards", pad_ragged)
+        for name in self._pads:
+            if self._built_in.get(name, decode_into) is None:
+                raise ConfigError(f"TarShards: pad_ragged: {name!r} is a picture, of image_size; wanted fields of a decoder's")
         if None in self._built_in.values():
             load_opencv()  # not installed: said here, not by the first fetch
         files = list_files("TarShards", paths)
@@ -145,7 +152,7 @@ class TarShards:
             SpecMismatch: rows of the request differ in dtype or shape, or are not what `request.out` is for.
         """
         numbers = check_rows(rows, len(self))
-        columns = make_columns("TarShards", self.fields, len(numbers), request.out)
+        columns = make_padded_columns("TarShards", self.fields, len(numbers), request.out, self._pads)
         for name, column in zip(self.fields, columns, strict=True):
             if name in self._built_in and self._built_in[name] is None:
                 pictures = column.allocate(numbers[0], np.dtype(np.uint8), (*self.image_size, 3))
@@ -177,7 +184,7 @@ class TarShards:
                     failures.add(row, f"field {name!r} {what}", error)
                     break
         failures.raise_any(self.file_of, "Write the archive again, with this row replaced or left out")
-        return [column.filled() for column in columns]
+        return arrays_of(columns)
 
 
 class _Shard(NamedTuple):

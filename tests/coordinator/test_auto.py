@@ -257,11 +257,11 @@ def test_one_that_cannot_be_started_is_said_once_and_the_others_go_on(
         left[0] -= 1
         start(thread)
 
-    def failing_fork(descriptors: Any) -> Any:
+    def failing_fork(*arguments: Any) -> Any:
         if not left[0]:
             raise OSError(11, "Resource temporarily unavailable")
         left[0] -= 1
-        return fork(descriptors)
+        return fork(*arguments)
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "input_workers"):
         if kind == "thread":
