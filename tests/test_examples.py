@@ -11,8 +11,6 @@ import pytest
 import input_workers as iw
 
 EXAMPLES = sorted((pathlib.Path(iw.__file__).parent.parent / "docs" / "examples").glob("*.py"))
-# Examples of others' packages that warn when they are used: what is let pass, as for -W.
-LET_PASS: dict[str, list[str]] = {}
 # What an example must say, where that shows that it did what it promises.
 SAYS = {
     "background_generator": "200 frames, each once: True",
@@ -26,9 +24,10 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_as_it_is(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    filters = [part for each in ["error", *LET_PASS.get(path.stem, [])] for part in ("-W", each)]
-    done = subprocess.run([sys.executable, *filters, str(path)], capture_output=True, text=True, timeout=120, check=False,
+    done = subprocess.run([sys.executable, "-W", "error", str(path)], capture_output=True, text=True, timeout=120, check=False,
                           cwd=tmp_path)  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    # TensorFlow greets on stderr, whatever it is told.
+    assert not [line for line in done.stderr.splitlines() if "Warning:" in line or "Traceback" in line], done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert SAYS.get(path.stem, "") in done.stdout

@@ -11,10 +11,11 @@ coordinator = iw.init_data_input_workers("numpy", ["picture", "label"], iw.Strea
 with coordinator:
     batches = tf_data.dataset(coordinator["train"])
     brighter = batches.map(lambda batch: (batch.picture * 2.0, batch.label)).prefetch(2)
-    print(f"{sum(1 for _ in brighter)} batches of {batches.element_spec.picture.shape}")
+    count = sum(1 for _ in brighter)
 
 squares = tf.data.Dataset.range(1000).map(lambda n: n * n)
 other = iw.GlobalCoordinator()
 iw.init_data_input_workers("numpy", ["square"], tf_data.fetch(squares, batched=False), 100, num_workers=1, coordinator=other)
 with other:
-    print(f"the last square is {[batch.square[-1] for batch in other['train']][-1]}")
+    last = [batch.square[-1] for batch in other["train"]][-1]
+print(f"{count} batches of {batches.element_spec.picture.shape}; the last square is {last}")
