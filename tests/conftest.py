@@ -103,7 +103,7 @@ def coordinator(_nothing_is_left: None) -> Iterator[iw.GlobalCoordinator]:
 def no_other_threads() -> None:
     """Before a fork: what another test has set in motion must have ended, as it had to, but perhaps not quite yet."""
     for thread in threading.enumerate():
-        if thread is not threading.current_thread():
+        if thread is not threading.current_thread() and not isinstance(thread, threading._DummyThread):
             thread.join(5.0)
 
 

@@ -236,9 +236,9 @@ def test_a_batch_that_ctrl_c_took_from_the_trainer_is_not_delivered(
     before = source.state_dict()
     commit = DeviceQueue.commit
 
-    def interrupted(queue: DeviceQueue, batch: Any) -> None:
+    def interrupted(queue: DeviceQueue, batch: Any, *more: Any) -> None:
         if when == "after":
-            commit(queue, batch)
+            commit(queue, batch, *more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

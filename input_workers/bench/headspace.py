@@ -129,9 +129,8 @@ def headspace(config: Config, console: Console, bounds: Bounds) -> Headspace:
     trainer = load_trainer(config, folders, console)
     train = config.train.model_copy(update={"epochs": ENDLESS_EPOCHS})
     coordinator = iw.GlobalCoordinator()
-    add_source(
-        coordinator, trainer.feed, without_quarantine(config.model_copy(update={"train": train})), "train", folders["train"]
-    )
+    alone = without_quarantine(config.model_copy(update={"train": train}))
+    add_source(coordinator, train.feed, alone, "train", folders["train"])
     steps = batches_in(config, "train", len(folders["train"]))
     console.print(f"measuring {bounds.rounds} rounds; an epoch has {steps:,} steps")
     return measure(coordinator["train"], coordinator, trainer.train, trainer.reached, config.train.batch_size, bounds)

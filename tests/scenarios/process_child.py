@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import gc
 import os
 import resource
 import shutil
@@ -81,6 +82,8 @@ def few_descriptors(start: str) -> None:
                     raise
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
         assert coordinator.stop(), coordinator.last_stop
+        del coordinator  # what failed is remembered with its frames, and they hold chunks
+        gc.collect()
         fork_server.stop()
         left_open = [os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")]
         assert len(left_open) == before, left_open
