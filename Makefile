@@ -2,11 +2,12 @@
 # make test   runs every test, in random order; PYTEST_ARGS="-m 'not tensorflow'" runs some
 # make chaos kills a thousand worker processes, and tries every way a trainer may end
 # make lint   ruff and mypy
-# make bench  measures the core, streams and processes against the limits of this machine, and against peers
+# make bench  measures every part against the limits of this machine, and against peers
 # make clean  removes what these have made
 #
-# Only Python 3.11 (or newer), pip, make and git are needed. The first call of a target makes a virtual environment in
-# .venv, or VENV=..., and installs into it what the target needs; later calls take seconds.
+# Only Python 3.11 (or newer), pip, make and git are needed; `make test` as root also installs Debian's Prometheus and
+# Chromium. The first call of a target makes a virtual environment in .venv, or VENV=..., and installs into it what the
+# target needs; later calls take seconds.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,7 +35,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/input-workers bench core; $(BIN)/input-workers bench streams; $(BIN)/input-workers bench processes
+	for part in core streams processes loader keras auto device; do $(BIN)/input-workers bench $$part; done
 
 # One stamp for each set of packages. The build tools are pinned too, so they come first and nothing else builds.
 $(VENV)/.tools: constraints.txt
