@@ -18,7 +18,7 @@ __all__ = ["BackgroundGenerator", "ProducerPool", "dataflow", "keras", "tf_data"
 _CLASSES = {"BackgroundGenerator": "background_generator", "ProducerPool": "producer_pool"}
 _MODULES = {
     "dataflow": ("", ""),
-    "keras": ("keras", "keras"),
+    "keras": ("", ""),  # it says so itself
     "tf_data": ("tensorflow", "tensorflow"),
     "torch": ("torch", "torch"),
 }

@@ -10,17 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import tensorflow as tf
 
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator, DeviceInput
 from input_workers.errors import ConfigError, EndOfData, SpecMismatch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-try:
-    import tensorflow as tf
-except ModuleNotFoundError as error:
-    raise ConfigError("adapters.tf_data needs TensorFlow: pip install input-workers[tensorflow]") from error
 
 __all__ = ["dataset", "fetch", "own_errors"]
 

@@ -21,7 +21,7 @@ try:
     from keras.src.trainers.data_adapters.data_adapter import DataAdapter
     from keras.src.trainers.data_adapters.data_adapter_utils import get_jax_iterator, get_numpy_iterator, get_torch_dataloader
 except ImportError as error:
-    raise ConfigError("epochs() needs Keras 3: pip install input-workers[keras]") from error
+    raise ConfigError("this needs Keras 3: pip install input-workers[keras]") from error
 
 __all__ = ["BatchReader", "KerasBatches", "KerasEpochs"]
 
