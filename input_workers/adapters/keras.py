@@ -160,9 +160,10 @@ class ParallelDataset(KerasBatches):
 
     def on_epoch_end(self) -> None:
         """Keras has read an epoch; or has looked at its beginning, which does not count."""
-        reading, self._reading = self._reading, None
         super().on_epoch_end()
+        reading = self._reading
         if reading is not None and (reading.taken > SAMPLE_ITEMS or reading.taken == reading.steps):
+            self._reading = None
             self._epoch_number += 1
             getattr(self._items.dataset, "on_epoch_end", _nothing)()
 

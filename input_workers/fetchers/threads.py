@@ -172,6 +172,8 @@ class ThreadFetchers:
         with self._lock:
             _, before = self._fetchers.get(recorder.worker_id, (None, thread))
             self._earlier = [each for each in (*self._earlier, before) if each.is_alive() and each is not thread]
+            # A thread that goes on as another fetcher is no longer the one that it was.
+            self._fetchers = {key: each for key, each in self._fetchers.items() if each[1] is not thread}
             self._fetchers[recorder.worker_id] = recorder, thread
 
     def check_calls(self, now: float) -> float:

@@ -147,6 +147,17 @@ def it_says_what_it_needs():
         coordinator["train"].epochs()
 
 
+def fits_own_steps_use_every_batch_once():
+    for own_steps in (1, 2, 3):
+        coordinator, source = source_of()
+        with coordinator:
+            seen = Seen()
+            batches = source.epochs(steps_per_epoch=6)
+            model_of(seen).fit(batches, epochs=12, steps_per_epoch=own_steps, verbose=0)
+            steps = 12 * own_steps
+            assert trained(seen) == (steps, expected(0, steps * ROWS)), (own_steps, trained(seen))
+
+
 def main(feeds):
     checks = [(f"once in order, {feed}", lambda feed=feed: every_row_is_trained_once_in_order(feed)) for feed in feeds]
     checks += [
@@ -154,7 +165,7 @@ def main(feeds):
     ]
     checks += [(check.__name__, check) for check in (
         an_epoch_is_as_long_as_the_streams, it_validates_evaluates_and_predicts, inputs_by_name,
-        a_source_that_ends_early_is_said_to, it_says_what_it_needs,
+        a_source_that_ends_early_is_said_to, it_says_what_it_needs, fits_own_steps_use_every_batch_once,
     )]  # fmt: skip
     failed = False
     for name, check in checks:
