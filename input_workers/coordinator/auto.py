@@ -115,7 +115,8 @@ class AutoWorkers:
         elif wanted > staying:
             self._grow(staying, min(wanted, most - leaving))
             added = [(each, each.rows) for each in self._backend.at_work() if each not in there]
-            self._changed(staying + len(added), added, reading)
+            if added:
+                self._changed(staying + len(added), added, reading)
 
     def _most(self, reading: Counters) -> tuple[int, str]:
         """Return how many there may be, and what for: a key of `verdict.HELD`."""

@@ -9,13 +9,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from input_workers.checks import check_whole
 from input_workers.contracts import ArraySpec
 from input_workers.coordinator.condition import Condition, condition_of
 from input_workers.coordinator.source_core import SourceCore
 from input_workers.coordinator.tracing import Tracing
 from input_workers.errors import ConfigError, EndOfData
 from input_workers.metrics.snapshot import DeviceStats, SourceStats
-from input_workers.sources.stream import check_whole
 
 if TYPE_CHECKING:
     from input_workers.coordinator.keras_epochs import KerasEpochs

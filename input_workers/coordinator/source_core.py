@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from input_workers.checks import check_whole
 from input_workers.contracts import ArraySpec, batch_type
 from input_workers.coordinator.attribution import attribute
 from input_workers.coordinator.reporter import LoggerFeed, Ticker
@@ -24,7 +25,7 @@ from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceSt
 from input_workers.metrics.trace import Trace
 from input_workers.policy import Quarantine
 from input_workers.sources.state import Position, position_of, state_of
-from input_workers.sources.stream import Stream, check_whole
+from input_workers.sources.stream import Stream
 
 __all__ = ["LAST_CALL_SECONDS", "SourceCore"]
 

@@ -123,7 +123,9 @@ def test_what_went_wrong_in_an_earlier_iteration_is_not_said_again(coordinator):
 
     specs = [iw.ArraySpec(array.shape[1:], array.dtype) for array in make_chunk(0, 0, 1)]
     source = started(coordinator, fetch, specs=specs, timeout_s=0.01)
-    batches = iw.adapters.tf_data.dataset(source).map(lambda batch: tf.debugging.check_numerics(tf.cast(batch.data, tf.float32) / 0.0, "no number"))
+    batches = iw.adapters.tf_data.dataset(source).map(
+        lambda batch: tf.debugging.check_numerics(tf.cast(batch.data, tf.float32) / 0.0, "no number")
+    )
     with pytest.raises(iw.WaitTimeout):
         next(iter(batches))
     go_on.set()
