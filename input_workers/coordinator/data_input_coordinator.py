@@ -114,7 +114,7 @@ class DeviceInput:
         if steps is None:
             raise ConfigError(
                 f"source {self._core.settings.name!r}: epochs(): wanted steps_per_epoch, since it is known only for a Stream "
-                "with one device"
+                "with one device, and not with rebatch=False"
             )
         check_whole("epochs: steps_per_epoch", steps, 1)
         return KerasEpochs(self, steps, arrange)

@@ -191,7 +191,7 @@ class SourceCore:
     @property
     def batches_of_epoch(self) -> int | None:
         """How many batches an epoch has, where that is known."""
-        if self.stream is None or len(self.devices) != 1:
+        if self.stream is None or len(self.devices) != 1 or not self.settings.rebatch:
             return None
         (device,) = self.devices.values()
         rows = self.stream.plan(self.settings.last_batch, self.settings.batch_axes).epoch_rows(0)

@@ -53,7 +53,8 @@ class ThreadFetchers:
     """
 
     # Invariant under _lock: `_running` counts the fetchers whose loop has not returned, but for the abandoned ones, and those
-    # being added; `_fetchers` are the last threads of all that were ever at work, by worker; those of `_resting` are not.
+    # being added; `_fetchers` are the last threads of all that were ever at work, by worker, but for those whose thread has
+    # gone on as another; those of `_resting` are not at work.
     # When `_is_over`, nothing runs and nothing will.
 
     def __init__(

@@ -122,9 +122,9 @@ class StreamCalls:
         return None if deal is None else self._request(deal, worker_id)
 
     def allow(self, count: int) -> None:
-        """There are so many requests now."""
+        """There are so many requests now, or more: who gives them may be several, and the last to say so not the last to give."""
         with self._lock:
-            self._allowed = count
+            self._allowed = max(self._allowed, count)
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ def model_of(seen, **compiled):
     return model
 
 
-def source_of(feed="numpy", rows=1000, fail_at=None, **more):
+def source_of(feed="numpy", rows=1000, fail_at=None, rebatch=True, **more):
     """Rows that are their own numbers: (row, row) and the label -row."""
     coordinator = iw.GlobalCoordinator()
 
@@ -50,7 +50,7 @@ def source_of(feed="numpy", rows=1000, fail_at=None, **more):
             return [np.repeat(wanted.astype(np.float32)[:, None], 2, 1), -wanted.astype(np.float32)[:, None]]
 
     stream = iw.Stream(Numbers(), **{"epochs": None, "shuffle": False, **more})
-    iw.init_data_input_workers(feed, ["x", "y"], stream, ROWS, 2, ordered=True, coordinator=coordinator)
+    iw.init_data_input_workers(feed, ["x", "y"], stream, ROWS, 2, ordered=True, rebatch=rebatch, coordinator=coordinator)
     coordinator.start()
     return coordinator, coordinator["train"]
 
@@ -145,6 +145,9 @@ def it_says_what_it_needs():
     coordinator = iw.init_data_input_workers("numpy", ["x"], lambda *_: [np.zeros(8)], 8, coordinator=iw.GlobalCoordinator())
     with pytest.raises(iw.ConfigError, match="wanted steps_per_epoch"):
         coordinator["train"].epochs()
+    coordinator, source = source_of(rebatch=False, rows_per_request=3)
+    with coordinator, pytest.raises(iw.ConfigError, match="not with rebatch=False"):
+        source.epochs()
 
 
 def fits_own_steps_use_every_batch_once():
