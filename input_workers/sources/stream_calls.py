@@ -122,7 +122,7 @@ class StreamCalls:
         return None if deal is None else self._request(deal, worker_id)
 
     def allow(self, count: int) -> None:
-        """There are so many requests now, or more: who gives them may be several, and the last to say so not the last to give."""
+        """There are so many requests now, or more: of several who give them, the last to say so may not be the last."""
         with self._lock:
             self._allowed = max(self._allowed, count)
             self._changed.notify_all()
