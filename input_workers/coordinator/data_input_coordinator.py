@@ -113,8 +113,8 @@ class DeviceInput:
         steps = self._core.batches_of_epoch if steps_per_epoch is None else steps_per_epoch
         if steps is None:
             raise ConfigError(
-                f"source {self._core.settings.name!r}: epochs(): wanted steps_per_epoch, since it is known only for a Stream "
-                "with one device, and not with rebatch=False"
+                f"source {self._core.settings.name!r}: epochs(): wanted steps_per_epoch, since it is known only for a Stream, "
+                "or a Mix that ends, with one device, and not with rebatch=False"
             )
         check_whole("epochs: steps_per_epoch", steps, 1)
         return KerasEpochs(self, steps, arrange)

@@ -24,6 +24,7 @@ from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
 from input_workers.metrics.trace import Trace
 from input_workers.policy import Quarantine
+from input_workers.sources.mix import ENDLESS
 from input_workers.sources.state import Position, position_of, state_of
 from input_workers.sources.stream import Stream
 
@@ -195,6 +196,8 @@ class SourceCore:
             return None
         (device,) = self.devices.values()
         rows = self.stream.plan(self.settings.last_batch, self.settings.batch_axes).epoch_rows(0)
+        if rows >= ENDLESS:
+            return None
         return rows // device.batch_size if self.settings.last_batch == "drop" else -(-rows // device.batch_size)
 
     def state(self, delivered: int | None) -> dict[str, Any]:

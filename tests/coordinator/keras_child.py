@@ -148,6 +148,11 @@ def it_says_what_it_needs():
     coordinator, source = source_of(rebatch=False, rows_per_request=3)
     with coordinator, pytest.raises(iw.ConfigError, match="not with rebatch=False"):
         source.epochs()
+    stream = iw.Stream(iw.sources.Arrays(np.arange(20)), epochs=None)
+    mix = iw.sources.Mix({"first": (stream, 1), "second": (stream, 1)})
+    coordinator = iw.init_data_input_workers("numpy", ["x"], mix, 4, coordinator=iw.GlobalCoordinator())
+    with pytest.raises(iw.ConfigError, match="a Mix that ends"):
+        coordinator["train"].epochs()
 
 
 def fits_own_steps_use_every_batch_once():
