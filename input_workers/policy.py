@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from input_workers.checks import check_whole
 from input_workers.errors import ConfigError, FetchFailed, describe
 
 __all__ = ["ErrorPolicy", "Quarantine", "QuarantinedRows", "TooManySkipped"]
@@ -57,8 +58,7 @@ class ErrorPolicy:
     quarantine: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
-            raise ConfigError(f"ErrorPolicy: retries: got {self.retries!r}; wanted a whole number of at least 0")
+        check_whole("ErrorPolicy: retries", self.retries, 0)
         for name in ("backoff_s", "max_backoff_s"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:

@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
         "packed_rows",
         "policy",
         "progress",
+        "checks",
         "config",
         "cores",
         "metrics.device_recorder",

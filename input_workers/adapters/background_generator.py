@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
+from input_workers.checks import check_whole
 from input_workers.coordinator import exit_hook
 from input_workers.errors import ConfigError, FetchFailed, LifecycleError, QueueClosed, describe
 
@@ -306,8 +307,7 @@ class BackgroundGenerator(Generic[Item]):
                 "iterator, such as the generator function itself, not yet called"
             )
         for what, value in (("prefetch", prefetch), ("thread_count", thread_count)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"BackgroundGenerator: {what}: got {value!r}; wanted a whole number of at least 1")
+            check_whole(f"BackgroundGenerator: {what}", value, 1)
         bound = prefetch if queue is None else _checked(queue) or prefetch
         name = f"generator-{getattr(generator, '__name__', type(generator).__qualname__)}"
         self._shared = shared = _Shared(queues.SimpleQueue() if queue is None else queue, bound, name)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from input_workers.adapters.source_dataflow import SourceDataFlow
+from input_workers.checks import check_whole
 from input_workers.errors import ConfigError, EndOfData, InputWorkersError, SpecMismatch
 from input_workers.sources.columns import Column, make_columns
 from input_workers.sources.generators import Generators
-from input_workers.sources.stream import check_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

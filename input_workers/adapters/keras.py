@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from input_workers.adapters.structure import Structure
+from input_workers.checks import check_whole
 from input_workers.contracts import ArraySpec, FetchRequest
 from input_workers.coordinator.global_coordinator import GlobalCoordinator
 from input_workers.coordinator.init import init_data_input_workers
 from input_workers.coordinator.keras_epochs import KerasBatches
 from input_workers.errors import ConfigError, EndOfData, SpecMismatch, WaitTimeout
 from input_workers.fetchers import Processes, Threads
-from input_workers.sources.stream import Stream, check_whole
+from input_workers.sources.stream import Stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -160,9 +161,10 @@ class ParallelDataset(KerasBatches):
 
     def on_epoch_end(self) -> None:
         """Keras has read an epoch; or has looked at its beginning, which does not count."""
-        reading, self._reading = self._reading, None
         super().on_epoch_end()
+        reading = self._reading
         if reading is not None and (reading.taken > SAMPLE_ITEMS or reading.taken == reading.steps):
+            self._reading = None
             self._epoch_number += 1
             getattr(self._items.dataset, "on_epoch_end", _nothing)()
 

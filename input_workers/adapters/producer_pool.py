@@ -11,6 +11,7 @@ import numpy as np
 
 from input_workers.adapters.buffer_tokens import BufferTokens
 from input_workers.adapters.producer_worker import Producer
+from input_workers.checks import check_whole
 from input_workers.contracts import ArraySpec
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator
 from input_workers.coordinator.global_coordinator import GlobalCoordinator
@@ -118,11 +119,8 @@ class ProducerPool:
     ) -> None:
         if not callable(method):
             raise ConfigError(f"ProducerPool: method: got {type(method).__qualname__}; wanted method(leases, ...)")
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-            raise ConfigError(f"ProducerPool: workers: got {workers!r}; wanted a whole number of at least 1")
-        buffers = 2 * workers + 2 if buffers is None else buffers
-        if isinstance(buffers, bool) or not isinstance(buffers, int) or not 1 <= buffers <= MAX_BUFFERS:
-            raise ConfigError(f"ProducerPool: buffers: got {buffers!r}; wanted a whole number from 1 to {MAX_BUFFERS}")
+        workers = check_whole("ProducerPool: workers", workers, 1)
+        buffers = check_whole("ProducerPool: buffers", 2 * workers + 2 if buffers is None else buffers, 1, MAX_BUFFERS)
         specs = _checked_specs(shapes, dtype)
         self._shapes = [spec.batch_shape(0, 0)[1:] for spec in specs]
         self._coordinator = GlobalCoordinator()

@@ -52,6 +52,7 @@ def dataset(source: DataInputCoordinator | DeviceInput, timeout_s: float | None 
     failures: list[BaseException] = []
 
     def batches() -> Iterator[Any]:
+        failures.clear()  # what went wrong in an earlier iteration, such as a WaitTimeout, is not what goes wrong in this
         try:
             yield from device
         except Exception as error:

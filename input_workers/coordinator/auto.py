@@ -115,7 +115,8 @@ class AutoWorkers:
         elif wanted > staying:
             self._grow(staying, min(wanted, most - leaving))
             added = [(each, each.rows) for each in self._backend.at_work() if each not in there]
-            self._changed(staying + len(added), added, reading)
+            if added:
+                self._changed(staying + len(added), added, reading)
 
     def _most(self, reading: Counters) -> tuple[int, str]:
         """Return how many there may be, and what for: a key of `verdict.HELD`."""
@@ -124,8 +125,10 @@ class AutoWorkers:
         if self._refused is not None:
             bounds.append(self._refused)
         specs = self._book.specs
-        if settings.max_buffered_bytes is not None and specs is not None and reading.calls:
-            # Each holds a chunk, and one is being copied: all of them may come to wait.
+        is_known = specs is not None and all(spec.is_fixed for spec in specs)
+        if settings.max_buffered_bytes is not None and specs is not None and is_known and reading.calls:
+            # Each holds a chunk, and one is being copied: all of them may come to wait. (How large those of any shape are,
+            # nobody counts.)
             chunk = sum(spec.row_nbytes for spec in specs) * reading.rows_fetched / reading.calls
             if chunk:
                 bounds.append((max(settings.fetchers.min_workers, int(settings.max_buffered_bytes / chunk) - 1), "bytes"))

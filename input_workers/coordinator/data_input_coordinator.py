@@ -9,13 +9,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from input_workers.checks import check_whole
 from input_workers.contracts import ArraySpec
 from input_workers.coordinator.condition import Condition, condition_of
 from input_workers.coordinator.source_core import SourceCore
 from input_workers.coordinator.tracing import Tracing
 from input_workers.errors import ConfigError, EndOfData
 from input_workers.metrics.snapshot import DeviceStats, SourceStats
-from input_workers.sources.stream import check_whole
 
 if TYPE_CHECKING:
     from input_workers.coordinator.keras_epochs import KerasEpochs
@@ -113,8 +113,8 @@ class DeviceInput:
         steps = self._core.batches_of_epoch if steps_per_epoch is None else steps_per_epoch
         if steps is None:
             raise ConfigError(
-                f"source {self._core.settings.name!r}: epochs(): wanted steps_per_epoch, since it is known only for a Stream "
-                "with one device"
+                f"source {self._core.settings.name!r}: epochs(): wanted steps_per_epoch, since it is known only for a Stream, "
+                "or a Mix that ends, with one device, and not with rebatch=False"
             )
         check_whole("epochs: steps_per_epoch", steps, 1)
         return KerasEpochs(self, steps, arrange)

@@ -67,7 +67,8 @@ def init_data_input_workers(
         max_buffered_batches: bound on what waits between fetchers and enqueuer, in batches' worth of rows.
         init_fun: `init_fun(data_coordinator, global_coordinator)`, once, at the first start, before any fetcher starts.
         external_loggers: objects with `log(metrics)`, called every 60 s and at stop with the values of the interval.
-        fetchers: "thread" (`iw.Threads()`), or "process" (`iw.Processes(...)`) for functions that hold the interpreter lock.
+        fetchers: "thread" (`iw.Threads()`), or "process" (`iw.Processes(...)`) for functions that hold the interpreter lock;
+            `iw.Threads(max_workers=16)` bounds "auto".
         rebatch: False delivers chunks as they come; bounds then count chunks.
         batch_axes: the axis along which the rows lie, one for all inputs or one for each.
         last_batch: what becomes of rows that fill no batch at the end: "drop", "keep" (a shorter one) or "pad" (by

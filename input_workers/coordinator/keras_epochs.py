@@ -125,7 +125,9 @@ class KerasEpochs(KerasBatches):
         return self._steps
 
     def begin(self) -> _Epoch:
-        """Return an iterator over the next epoch."""
+        """Return an iterator over the next epoch. It begins with what was taken only to build the model from it."""
+        if self._epoch is not None:
+            self._given_back.extendleft(reversed(self._epoch.unused))
         self._epoch = _Epoch(self._next, self._steps)
         return self._epoch
 
@@ -137,11 +139,11 @@ class KerasEpochs(KerasBatches):
     def on_epoch_end(self) -> None:
         """Keras has read an epoch, or has built its model from the first batches of one, which are then read again.
 
-        (So are these, should a `fit` have been stopped after them, and another one begin.)
+        (So are these, should a `fit` have been stopped after them, and another one begin. With its own `steps_per_epoch`,
+        `fit` calls this in the midst of an epoch, and goes on with it.)
         """
-        epoch, self._epoch = self._epoch, None
-        if epoch is not None and not epoch.is_over and epoch.first is not None:
-            self._given_back.extend(epoch.first)
+        if self._epoch is not None:
+            self._epoch.is_left = True
         super().on_epoch_end()
 
     def _next(self, is_first: bool) -> Any:
@@ -160,15 +162,21 @@ class _Epoch:
     """An iterator over one epoch.
 
     Attributes:
-        first: its batches so far, as long as these are few.
         is_over: it has ended.
+        is_left: Keras has said that it ends here; it may go on all the same, having used what it took.
     """
 
     def __init__(self, next_batch: Callable[[bool], Any], steps: int) -> None:
         self._next = next_batch
         self._left = self._steps = steps
-        self.first: list[Any] | None = []
+        self._first: list[Any] | None = []  # its batches so far, as long as these are few
         self.is_over = False
+        self.is_left = False
+
+    @property
+    def unused(self) -> list[Any]:
+        """Its few batches, if Keras has left it after them."""
+        return self._first if self._first is not None and self.is_left and not self.is_over else []
 
     def __iter__(self) -> _Epoch:
         return self
@@ -176,6 +184,8 @@ class _Epoch:
     def __next__(self) -> Any:
         if self.is_over:
             raise StopIteration
+        if self.is_left:
+            self._first = None
         try:
             batch = self._next(self._left == self._steps)
         except EndOfData:
@@ -183,8 +193,8 @@ class _Epoch:
             raise StopIteration from None
         self._left -= 1
         self.is_over = not self._left
-        if self.first is not None:
-            self.first = [*self.first, batch] if len(self.first) < MOST_BUILD_BATCHES else None
+        if self._first is not None:
+            self._first = [*self._first, batch] if len(self._first) < MOST_BUILD_BATCHES else None
         return batch
 
 

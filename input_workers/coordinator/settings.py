@@ -7,23 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from input_workers.checks import check_whole
 from input_workers.contracts import ArraySpec, DeviceFeed, FetchFunction, batch_type
 from input_workers.cores import usable_cores
 from input_workers.errors import ConfigError
 from input_workers.feeds import Feed, feed_maker
-from input_workers.fetchers import MAX_WORKERS, Processes, Threads
+from input_workers.fetchers import MAX_WORKERS, Processes, Threads, chosen_fetchers
 from input_workers.flow.enqueuer import LastBatch
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
 
 __all__ = ["DeviceSettings", "SourceSettings"]
-
-
-def _whole(name: str, value: object, least: int, most: float = math.inf) -> int:
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or not least <= value.__index__() <= most:  # type: ignore[attr-defined]
-        bounds = f"of at least {least}" if most == math.inf else f"from {least} to {most:g}"
-        raise ConfigError(f"{name}: got {value!r}; wanted a whole number {bounds}")
-    return int(value)  # type: ignore[call-overload,no-any-return]
 
 
 def _seconds(name: str, value: object, least: float = 0.0) -> float:
@@ -46,7 +40,7 @@ class DeviceSettings:
         """Return the settings of a device, of a source with these batch axes. Raises ConfigError."""
         if not isinstance(name_scope, str) or "/" in name_scope:
             raise ConfigError(f"name_scope: got {name_scope!r}; wanted a name without a slash, such as 'gpu_0'")
-        rows = _whole("batch_size", batch_size, 1)
+        rows = check_whole("batch_size", batch_size, 1)
         return cls(name_scope, feed, feed_maker(feed, rows, batch_axes), rows)
 
 
@@ -110,10 +104,7 @@ class SourceSettings:
                 raise ConfigError(f"external_loggers: {type(logger).__qualname__} has no method log(metrics)")
         if fetchers == "ray":
             raise ConfigError("fetchers='ray' is not built yet; wanted 'thread' or 'process'")
-        known: dict[object, Threads | Processes] = {"thread": Threads(), "process": Processes()}
-        if not isinstance(fetchers, (str, Threads, Processes)) or (isinstance(fetchers, str) and fetchers not in known):
-            raise ConfigError(f"fetchers: got {fetchers!r}; wanted 'thread', 'process', iw.Threads() or iw.Processes(...)")
-        chosen = known[fetchers] if isinstance(fetchers, str) else fetchers
+        chosen = chosen_fetchers(fetchers)
         if last_batch not in get_args(LastBatch):
             raise ConfigError(f"last_batch: got {last_batch!r}; wanted one of {', '.join(get_args(LastBatch))}")
         if not rebatch and last_batch != "drop":
@@ -126,7 +117,7 @@ class SourceSettings:
             name=name,
             input_names=names,
             fetch_fun=fetch_fun,
-            max_buffered_batches=_whole("max_buffered_batches", max_buffered_batches, 1),
+            max_buffered_batches=check_whole("max_buffered_batches", max_buffered_batches, 1),
             init_fun=init_fun,
             external_loggers=tuple(external_loggers),
             rebatch=bool(rebatch),
@@ -135,8 +126,8 @@ class SourceSettings:
             timeout_s=_seconds("timeout_s", timeout_s),
             fetch_timeout_s=None if fetch_timeout_s is None else _seconds("fetch_timeout_s", fetch_timeout_s, 0.001),
             fetchers=chosen,
-            max_buffered_bytes=None if max_buffered_bytes is None else _whole("max_buffered_bytes", max_buffered_bytes, 1),
-            device_queue_depth=_whole("device_queue_depth", device_queue_depth, 1),
+            max_buffered_bytes=None if max_buffered_bytes is None else check_whole("max_buffered_bytes", max_buffered_bytes, 1),
+            device_queue_depth=check_whole("device_queue_depth", device_queue_depth, 1),
             specs=_specs(specs, names, bool(rebatch)),
             ordered=bool(ordered),
             on_error=on_error,
@@ -167,14 +158,14 @@ def check_workers(num_workers: object) -> int | Literal["auto"]:
         if num_workers != "auto":
             raise ConfigError(f"num_workers: got {num_workers!r}; wanted 'auto', or a whole number from 0 to {MAX_WORKERS}")
         return "auto"
-    return _whole("num_workers", num_workers, 0, MAX_WORKERS)
+    return check_whole("num_workers", num_workers, 0, MAX_WORKERS)
 
 
 def _axes(batch_axes: int | Sequence[int], names: Sequence[str]) -> tuple[int, ...]:
     if isinstance(batch_axes, Sequence):
-        axes = tuple(_whole("batch_axes", axis, 0) for axis in batch_axes)
+        axes = tuple(check_whole("batch_axes", axis, 0) for axis in batch_axes)
     else:
-        axes = (_whole("batch_axes", batch_axes, 0),) * len(names)
+        axes = (check_whole("batch_axes", batch_axes, 0),) * len(names)
     if len(axes) != len(names):
         raise ConfigError(f"batch_axes: got {len(axes)} axes; wanted one for all, or one for each of {list(names)}")
     return axes

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from input_workers.checks import check_whole
 from input_workers.contracts import ArraySpec, batch_type
 from input_workers.coordinator.attribution import attribute
 from input_workers.coordinator.reporter import LoggerFeed, Ticker
@@ -23,8 +24,9 @@ from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import DeviceStats, HistogramStats, SourceStats, StuckThread
 from input_workers.metrics.trace import Trace
 from input_workers.policy import Quarantine
+from input_workers.sources.mix import ENDLESS
 from input_workers.sources.state import Position, position_of, state_of
-from input_workers.sources.stream import Stream, check_whole
+from input_workers.sources.stream import Stream
 
 __all__ = ["LAST_CALL_SECONDS", "SourceCore"]
 
@@ -190,10 +192,12 @@ class SourceCore:
     @property
     def batches_of_epoch(self) -> int | None:
         """How many batches an epoch has, where that is known."""
-        if self.stream is None or len(self.devices) != 1:
+        if self.stream is None or len(self.devices) != 1 or not self.settings.rebatch:
             return None
         (device,) = self.devices.values()
         rows = self.stream.plan(self.settings.last_batch, self.settings.batch_axes).epoch_rows(0)
+        if rows >= ENDLESS:
+            return None
         return rows // device.batch_size if self.settings.last_batch == "drop" else -(-rows // device.batch_size)
 
     def state(self, delivered: int | None) -> dict[str, Any]:

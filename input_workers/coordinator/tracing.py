@@ -129,7 +129,8 @@ class Tracing:
             log.error("the trace into %s could not be written: %s", self.path, describe(error))
         finally:
             for core in self._cores:
-                core.tracing = None
+                if core.tracing is self:  # another may have begun while this one was written
+                    core.tracing = None
             self._done.set()
             exit_hook.forget(self)
 

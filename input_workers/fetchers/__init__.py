@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from input_workers.checks import check_whole
 from input_workers.errors import ConfigError
 
-__all__ = ["MAX_WORKERS", "Processes", "StartMethod", "Threads"]
+__all__ = ["MAX_WORKERS", "Processes", "StartMethod", "Threads", "chosen_fetchers"]
 
 StartMethod = Literal["forkserver", "spawn", "fork"]
 
@@ -17,11 +18,10 @@ StartMethod = Literal["forkserver", "spawn", "fork"]
 MAX_WORKERS = 4096
 
 
-def _check_bounds(what: str, least: object, most: object) -> None:
+def _check_bounds(what: str, least: int, most: int) -> None:
     for name, value in (("min_workers", least), ("max_workers", most)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_WORKERS:
-            raise ConfigError(f"{what}: {name}: got {value!r}; wanted a whole number from 1 to {MAX_WORKERS}")
-    if least > most:  # type: ignore[operator]  # both are whole numbers
+        check_whole(f"{what}: {name}", value, 1, MAX_WORKERS)
+    if least > most:
         raise ConfigError(f"{what}: min_workers={least} is more than max_workers={most}")
 
 
@@ -75,8 +75,7 @@ class Processes:
             raise ConfigError(f"Processes: start: got {self.start!r}; wanted 'forkserver', 'spawn' or 'fork'")
         if self.worker_init_fun is not None and not callable(self.worker_init_fun):
             raise ConfigError(f"Processes: worker_init_fun: got {self.worker_init_fun!r}; wanted f(worker_id)")
-        if isinstance(self.restarts, bool) or not isinstance(self.restarts, int) or self.restarts < 0:
-            raise ConfigError(f"Processes: restarts: got {self.restarts!r}; wanted a whole number of at least 0")
+        check_whole("Processes: restarts", self.restarts, 0)
         if not isinstance(self.preload, tuple) or not all(isinstance(name, str) for name in self.preload):
             raise ConfigError(f"Processes: preload: got {self.preload!r}; wanted a tuple of names of modules")
         _check_bounds("Processes", self.min_workers, self.max_workers)
@@ -85,3 +84,14 @@ class Processes:
     def start_method(self) -> StartMethod:
         """How processes are started."""
         return self.start if self.start is not None else "forkserver" if hasattr(os, "pidfd_open") else "spawn"
+
+
+def chosen_fetchers(fetchers: object) -> Threads | Processes:
+    """Return what the user has chosen, by name or with options. Raises ConfigError."""
+    if isinstance(fetchers, (Threads, Processes)):
+        return fetchers
+    if fetchers == "thread":
+        return Threads()
+    if fetchers == "process":
+        return Processes()
+    raise ConfigError(f"fetchers: got {fetchers!r}; wanted 'thread', 'process', iw.Threads() or iw.Processes(...)")

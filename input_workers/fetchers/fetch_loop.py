@@ -123,7 +123,7 @@ def fetch_loop(
     """Fetch until the data end, the queue closes, the fetcher is released or something is raised, in its own thread.
 
     Returns:
-        Whether the data have ended. Raises nothing but what `fail` raises.
+        Whether this fetcher is through: its data have ended, or it has failed. Raises nothing but what `fail` raises.
 
     Args:
         source: the name, for errors.
@@ -257,6 +257,7 @@ def fetch_loop(
         counted = error.__cause__ if isinstance(error, TooManySkipped) else error
         recorder.count_error(type(counted).__name__)
         fail(fetch_failure(source, recorder, error), recorder.request)
+        return True
     finally:
         recorder.call_started = math.inf
         recorder.alive = False

@@ -48,7 +48,8 @@ class ProcessFetchers:
         self._calls = {recorder.worker_id: WorkerCalls(settings, recorder.worker_id, self._output) for recorder in recorders}
         self._loop = loop
         self._on_end = on_end
-        self._waiting: set[int] = set()  # workers that rest and have a process; changed by whoever puts them to rest or to work
+        # Workers that have a process and no thread that serves it: those that rest, and one that is just being added.
+        self._waiting: set[int] = set()
         self._is_shut_down = False
         self._threads = ThreadFetchers(
             settings.source, recorders, resting, self._serve, fail, self._ended, unfinished, None, prepare=self._launch
@@ -97,16 +98,17 @@ class ProcessFetchers:
     def _launch(self, recorder: FetcherRecorder) -> None:
         """Start another process while the source runs, unless one waits. Raises OSError."""
         if recorder.worker_id in self._waiting:
-            self._waiting.discard(recorder.worker_id)
             return
         calls = WorkerCalls(self._settings, recorder.worker_id, self._output)
         self._calls[recorder.worker_id] = calls
         if self._is_shut_down:  # after that flag is set, whatever is in `_calls` is shut down
             calls.shut_down()
         calls.launch(beside_threads=True)
+        self._waiting.add(recorder.worker_id)  # until its thread is there: should that not start, others end the process
 
     def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> bool:
         calls = self._calls[recorder.worker_id]
+        self._waiting.discard(recorder.worker_id)
         rests = False
         try:
             rests = self._loop(recorder, interrupted, calls)
@@ -129,7 +131,7 @@ class ProcessFetchers:
     @property
     def block_bytes(self) -> int:
         """The shared memory of all workers' chunks."""
-        return sum(calls.block_bytes for calls in self._calls.values())
+        return sum(calls.block_bytes for calls in list(self._calls.values()))
 
     def check_calls(self, now: float) -> float:
         """Never: each thread watches the calls of its worker."""

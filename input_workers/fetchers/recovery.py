@@ -30,6 +30,10 @@ def keep_rows(arrays: Sequence[NDArray[Any]], kept: NDArray[np.int64], axes: Seq
     return [np.take(array, kept, axis) for array, axis in zip(arrays, axes, strict=True)]
 
 
+def _row_shapes(arrays: Sequence[NDArray[Any]], axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    return tuple(array.shape[:axis] + array.shape[axis + 1 :] for array, axis in zip(arrays, axes, strict=True))
+
+
 class Recovery:
     """How a source recovers from failed calls. Thread-safe: what belongs to one request is its Attempt.
 
@@ -85,6 +89,7 @@ class Attempt:
         self._tries = 0  # of the first group that failed
         self._not_before = 0.0  # when to try it again
         self._got: list[tuple[list[int], Sequence[NDArray[Any]]]] = []
+        self._is_together = False  # what came one by one is fetched again in one call
 
     @property
     def is_over(self) -> bool:
@@ -171,7 +176,23 @@ class Attempt:
                 return arrays
         if self.request is None:
             return None
-        return self._joined(check) if self._got else ()
+        if not self._got:
+            return ()
+        if len({_row_shapes(arrays, check.axes) for _, arrays in self._got}) > 1:
+            self._fetch_together()
+            return self.run(check, recorder, idle, go_on)
+        return self._joined(check)
+
+    def _fetch_together(self) -> None:
+        """Rows of any length came one by one, filled up to no common length: they are fetched again, in one call."""
+        rows = [row for group, _ in self._got for row in group]
+        if self._is_together:
+            raise SpecMismatch(
+                "the rows of a request came in calls of their own, with shapes that make no chunk, and failed in one; wanted "
+                "one shape, or BadRows, which names the rows that are bad"
+            )
+        self._is_together = True
+        self._groups, self._got = [rows], []
 
     def _part(self, group: list[int]) -> FetchRequest | None:
         request = self.request

@@ -53,7 +53,8 @@ class ThreadFetchers:
     """
 
     # Invariant under _lock: `_running` counts the fetchers whose loop has not returned, but for the abandoned ones, and those
-    # being added; `_fetchers` are the last threads of all that were ever at work, by worker; those of `_resting` are not.
+    # being added; `_fetchers` are the last threads of all that were ever at work, by worker, but for those whose thread has
+    # gone on as another; those of `_resting` are not at work.
     # When `_is_over`, nothing runs and nothing will.
 
     def __init__(
@@ -172,6 +173,8 @@ class ThreadFetchers:
         with self._lock:
             _, before = self._fetchers.get(recorder.worker_id, (None, thread))
             self._earlier = [each for each in (*self._earlier, before) if each.is_alive() and each is not thread]
+            # A thread that goes on as another fetcher is no longer the one that it was.
+            self._fetchers = {key: each for key, each in self._fetchers.items() if each[1] is not thread}
             self._fetchers[recorder.worker_id] = recorder, thread
 
     def check_calls(self, now: float) -> float:

@@ -112,6 +112,9 @@ class WorkerCalls:
                 recorder.request = call.request
                 return self._result(answer), call.request
             released = recorder.released  # as it is now: the answers to what was sent are still wanted
+            requests = self._settings.requests
+            if released and requests is not None and requests.has_given_back:
+                released = False  # a worker has died: others may all wait for what it was to fetch
             if released and not self._sent:
                 raise Released
             try:

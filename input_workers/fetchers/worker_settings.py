@@ -19,6 +19,10 @@ class Requests(Protocol):
 
     batch_size: int
 
+    @property
+    def has_given_back(self) -> bool:
+        """Whether requests wait to be dealt again."""
+
     def deal(self, recorder: FetcherRecorder) -> FetchRequest:
         """Return the next request, waiting for it where they come one by one. Raises EndOfData after the last."""
 

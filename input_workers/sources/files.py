@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from input_workers.errors import ConfigError
 
-__all__ = ["DataFile", "Decoder", "OpenFiles", "chosen_decoders", "list_files", "whole_number"]
+__all__ = ["DataFile", "Decoder", "OpenFiles", "chosen_decoders", "list_files"]
 
 Decoder: TypeAlias = Callable[[Any], Any]
 
@@ -97,13 +97,6 @@ def chosen_decoders(
         if not isinstance(name, str) or not name or not (decoder is None or callable(decoder)):
             raise ConfigError(f"{owner}: {parameter}: got {name!r}: {decoder!r}; {wanted}")
     return decoders
-
-
-def whole_number(owner: str, parameter: str, value: Any, least: int = 1) -> int:
-    """Return a parameter that is a whole number of at least `least`. Raises ConfigError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{owner}: {parameter}: got {value!r}; wanted a whole number of at least {least}")
-    return value
 
 
 class _Handle:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from input_workers.checks import check_whole
 from input_workers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def check_image_size(owner: str, image_size: Sequence[int], max_pixels: int) -> 
         height = width = 0
     if height < 1 or width < 1:
         raise ConfigError(f"{owner}: image_size: got {image_size!r}; wanted (height, width), both at least 1")
-    if not isinstance(max_pixels, int) or max_pixels < 1:
-        raise ConfigError(f"{owner}: max_pixels: got {max_pixels!r}; wanted a whole number of at least 1")
+    check_whole(f"{owner}: max_pixels", max_pixels, 1)
     return height, width
 
 

@@ -21,7 +21,7 @@ from input_workers.sources.stream import Stream, StreamPlan, share_of
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Mix", "MixPlan"]
+__all__ = ["ENDLESS", "Mix", "MixPlan"]
 
 # Draws are made in blocks in which every stream has its exact share: then the rows that came of each are known at any
 # position, without counting. A weight is rounded to this fraction of all.

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from input_workers.checks import check_whole
 from input_workers.errors import ConfigError, SpecMismatch, describe
 from input_workers.sources.columns import Column, Failures, check_rows
-from input_workers.sources.files import DataFile, Decoder, chosen_decoders, list_files, whole_number
+from input_workers.sources.files import DataFile, Decoder, chosen_decoders, list_files
 from input_workers.sources.group_cache import GroupCache
 from input_workers.sources.padding import arrays_of, checked_pads, make_padded_columns
 
@@ -99,7 +100,7 @@ class Parquet:
         _, parquet = load_pyarrow()
         self._decoders = chosen_decoders("Parquet", "columns", columns)
         self.columns = tuple(self._decoders)
-        self.cache_bytes = whole_number("Parquet", "cache_bytes", cache_bytes)
+        self.cache_bytes = check_whole("Parquet: cache_bytes", cache_bytes, 1)
         self._pads = checked_pads("Parquet", pad_ragged)
         self._files = list_files("Parquet", paths)
         self.paths = tuple(file.path for file in self._files)
@@ -123,7 +124,7 @@ class Parquet:
         if not self._rows:
             raise ConfigError(f"Parquet: paths: {list(self.paths)} hold no rows; wanted at least one")
         mean = max(1, round(self._rows / np.count_nonzero(group_rows)))
-        self.block_rows = mean if block_rows is None else whole_number("Parquet", "block_rows", block_rows)
+        self.block_rows = mean if block_rows is None else check_whole("Parquet: block_rows", block_rows, 1)
         self._cache = GroupCache(self.cache_bytes)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from input_workers.checks import check_whole
 from input_workers.contracts import FetchRequest, Source
 from input_workers.errors import ConfigError
 from input_workers.progress import Spans, rows_of, slice_of
@@ -18,7 +19,7 @@ from input_workers.sources.permutation import MAX_SIZE
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Stream", "StreamPlan", "check_whole", "cut_at", "share_of"]
+__all__ = ["Stream", "StreamPlan", "cut_at", "share_of"]
 
 # Epochs whose order is kept: the one being fetched, and its neighbours while some of its requests are unfinished.
 ORDERS_KEPT = 4
@@ -191,12 +192,6 @@ class StreamPlan:
                 if len(self._orders) > ORDERS_KEPT:
                     del self._orders[next(iter(self._orders))]
             return order
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Raise ConfigError unless the value is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ConfigError(f"{name}: got {value!r}; wanted a whole number of at least {least}")
 
 
 # Of a number in the environment; Python refuses to read one of thousands.

@@ -122,9 +122,9 @@ class StreamCalls:
         return None if deal is None else self._request(deal, worker_id)
 
     def allow(self, count: int) -> None:
-        """There are so many requests now."""
+        """There are so many requests now, or more: of several who give them, the last to say so may not be the last."""
         with self._lock:
-            self._allowed = count
+            self._allowed = max(self._allowed, count)
             self._changed.notify_all()
 
     def close(self) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from input_workers.checks import check_whole
 from input_workers.errors import ConfigError, SpecMismatch, describe
 from input_workers.sources.columns import Failures, check_rows
-from input_workers.sources.files import DataFile, Decoder, OpenFiles, chosen_decoders, list_files, whole_number
+from input_workers.sources.files import DataFile, Decoder, OpenFiles, chosen_decoders, list_files
 from input_workers.sources.image_decode import check_image_size, decode_into, load_opencv
 from input_workers.sources.padding import arrays_of, checked_pads, make_padded_columns
 
@@ -112,7 +113,7 @@ class TarShards:
         files = list_files("TarShards", paths)
         self.fields = tuple(self._decoders)
         self.paths = tuple(file.path for file in files)
-        self._files = OpenFiles(files, whole_number("TarShards", "max_open_files", max_open_files))
+        self._files = OpenFiles(files, check_whole("TarShards: max_open_files", max_open_files, 1))
         shards = [_index(file, self.fields) for file in files]
         # Compact: Python objects for each of a hundred million rows would fill the memory.
         self._ends = np.cumsum([len(shard.places) for shard in shards])
@@ -120,7 +121,7 @@ class TarShards:
         self._keys = b"".join(shard.keys for shard in shards)
         self._key_ends = np.cumsum(np.concatenate([shard.key_sizes for shard in shards]))
         mean = max(1, round(len(self) / len(files)))
-        self.block_rows = mean if block_rows is None else whole_number("TarShards", "block_rows", block_rows)
+        self.block_rows = mean if block_rows is None else check_whole("TarShards: block_rows", block_rows, 1)
 
     def __len__(self) -> int:
         return len(self._places)

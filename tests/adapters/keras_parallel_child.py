@@ -153,9 +153,18 @@ def ctrl_c():
     )
 
 
+def an_epoch_that_fit_reads_in_small_steps_is_one():
+    own = Numbers()
+    dataset = iw.adapters.keras.parallel(own, 2, "thread")
+    model_of().fit(dataset, epochs=8, steps_per_epoch=2, verbose=0)  # two times the dataset's eight batches
+    assert len(own.epochs_ended) in (2, 3), own.epochs_ended  # TensorFlow takes some batches ahead
+    dataset.close()
+
+
 def main(fetchers):
     checks = [(fetcher, lambda fetcher=fetcher: fit_evaluate_and_predict_take_it(fetcher)) for fetcher in fetchers]
     checks += [(f"error, {fetcher}", lambda fetcher=fetcher: the_users_error_comes_out(fetcher)) for fetcher in fetchers]
+    checks.append(("small steps", an_epoch_that_fit_reads_in_small_steps_is_one))
     if "process" in fetchers:
         checks += [
             (f"error in training, {batch}", lambda batch=batch: an_error_in_training_leaves_no_worker(batch))

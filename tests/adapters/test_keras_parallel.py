@@ -22,7 +22,7 @@ def child(backend, *arguments):
 
 @pytest.mark.parametrize(
     ("backend", "fetchers", "checks"),
-    [("tensorflow", ["thread", "process"], 8), ("jax", ["thread"], 2), ("torch", ["process"], 6)],
+    [("tensorflow", ["thread", "process"], 9), ("jax", ["thread"], 3), ("torch", ["process"], 7)],
 )
 def test_on_the_backend(backend, fetchers, checks):
     with child(backend, *fetchers) as running:

@@ -114,6 +114,26 @@ def test_other_errors_of_a_pipeline_stay_what_they_are(coordinator):
         next(iter(batches))
 
 
+def test_what_went_wrong_in_an_earlier_iteration_is_not_said_again(coordinator):
+    go_on = threading.Event()
+
+    def fetch(worker_id, batch_size):
+        assert go_on.wait(30)
+        return make_chunk(worker_id, 0, ROWS)
+
+    specs = [iw.ArraySpec(array.shape[1:], array.dtype) for array in make_chunk(0, 0, 1)]
+    source = started(coordinator, fetch, specs=specs, timeout_s=0.01)
+    batches = iw.adapters.tf_data.dataset(source).map(
+        lambda batch: tf.debugging.check_numerics(tf.cast(batch.data, tf.float32) / 0.0, "no number")
+    )
+    with pytest.raises(iw.WaitTimeout):
+        next(iter(batches))
+    go_on.set()
+    source.next_batch(30.0)
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        next(iter(batches))
+
+
 def test_where_tensorflow_iterates_the_error_is_raised_as_itself_too(coordinator):
     error = OwnError("disk on fire")
     batches = iw.adapters.tf_data.dataset(started(coordinator, chunks(4, rows=ROWS, after=error)))

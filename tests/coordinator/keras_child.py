@@ -36,7 +36,7 @@ def model_of(seen, **compiled):
     return model
 
 
-def source_of(feed="numpy", rows=1000, fail_at=None, **more):
+def source_of(feed="numpy", rows=1000, fail_at=None, rebatch=True, **more):
     """Rows that are their own numbers: (row, row) and the label -row."""
     coordinator = iw.GlobalCoordinator()
 
@@ -50,7 +50,7 @@ def source_of(feed="numpy", rows=1000, fail_at=None, **more):
             return [np.repeat(wanted.astype(np.float32)[:, None], 2, 1), -wanted.astype(np.float32)[:, None]]
 
     stream = iw.Stream(Numbers(), **{"epochs": None, "shuffle": False, **more})
-    iw.init_data_input_workers(feed, ["x", "y"], stream, ROWS, 2, ordered=True, coordinator=coordinator)
+    iw.init_data_input_workers(feed, ["x", "y"], stream, ROWS, 2, ordered=True, rebatch=rebatch, coordinator=coordinator)
     coordinator.start()
     return coordinator, coordinator["train"]
 
@@ -145,6 +145,25 @@ def it_says_what_it_needs():
     coordinator = iw.init_data_input_workers("numpy", ["x"], lambda *_: [np.zeros(8)], 8, coordinator=iw.GlobalCoordinator())
     with pytest.raises(iw.ConfigError, match="wanted steps_per_epoch"):
         coordinator["train"].epochs()
+    coordinator, source = source_of(rebatch=False, rows_per_request=3)
+    with coordinator, pytest.raises(iw.ConfigError, match="not with rebatch=False"):
+        source.epochs()
+    stream = iw.Stream(iw.sources.Arrays(np.arange(20)), epochs=None)
+    mix = iw.sources.Mix({"first": (stream, 1), "second": (stream, 1)})
+    coordinator = iw.init_data_input_workers("numpy", ["x"], mix, 4, coordinator=iw.GlobalCoordinator())
+    with pytest.raises(iw.ConfigError, match="a Mix that ends"):
+        coordinator["train"].epochs()
+
+
+def fits_own_steps_use_every_batch_once():
+    for own_steps in (1, 2, 3):
+        coordinator, source = source_of()
+        with coordinator:
+            seen = Seen()
+            batches = source.epochs(steps_per_epoch=6)
+            model_of(seen).fit(batches, epochs=12, steps_per_epoch=own_steps, verbose=0)
+            steps = 12 * own_steps
+            assert trained(seen) == (steps, expected(0, steps * ROWS)), (own_steps, trained(seen))
 
 
 def main(feeds):
@@ -154,7 +173,7 @@ def main(feeds):
     ]
     checks += [(check.__name__, check) for check in (
         an_epoch_is_as_long_as_the_streams, it_validates_evaluates_and_predicts, inputs_by_name,
-        a_source_that_ends_early_is_said_to, it_says_what_it_needs,
+        a_source_that_ends_early_is_said_to, it_says_what_it_needs, fits_own_steps_use_every_batch_once,
     )]  # fmt: skip
     failed = False
     for name, check in checks:

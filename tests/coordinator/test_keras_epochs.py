@@ -19,4 +19,4 @@ def test_on_the_backend(backend, feeds):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ok")]
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(lines) == len(feeds) + 8
+    assert len(lines) == len(feeds) + 9

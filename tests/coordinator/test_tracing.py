@@ -17,7 +17,9 @@ from gates import HANG_SECONDS, Gate, await_true, register
 from metrics.trace_checker import check_trace
 
 import input_workers as iw
+from input_workers.coordinator import tracing
 from input_workers.metrics import trace as trace_module
+from input_workers.metrics import trace_events
 
 LONG = 600.0  # seconds: such a trace ends for another reason
 SHORT = 0.2
@@ -148,6 +150,29 @@ def test_a_second_one_is_refused_while_the_first_goes_on(coordinator: iw.GlobalC
     assert not is_traced(source)
     assert not is_traced(other)
     assert sorted(os.listdir(tmp_path)) == ["first", "second"]
+
+
+def test_another_may_begin_while_one_is_written_and_a_stop_waits_for_it(
+    coordinator: iw.GlobalCoordinator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, write = register(coordinator, endless), threading.Event()
+    coordinator.start()
+
+    def slow(*arguments: Any) -> Any:
+        assert write.wait(HANG_SECONDS)
+        return trace_events.text_of(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, "text_of", slow)
+        first = source.trace(tmp_path / "first", SHORT)
+        await_true(lambda: not is_traced(source), "it has ended")
+        second = source.trace(tmp_path / "second", LONG)
+        write.set()
+        first.wait(HANG_SECONDS)
+    assert source._core.tracing is second
+    source.next_batch()
+    assert coordinator.stop(HANG_SECONDS)
+    assert second.wait(0.0) == str(tmp_path / "second")
 
 
 def test_all_sources_go_into_one_file(coordinator: iw.GlobalCoordinator, tmp_path: Path) -> None:

@@ -155,3 +155,48 @@ def test_a_spec_knows_whether_it_is_fixed() -> None:
         spec.row_nbytes  # noqa: B018
     with pytest.raises(iw.ConfigError, match="a side is negative"):
         iw.ArraySpec((None, -1), np.uint8)
+
+
+class ToTheLongest:
+    """Row i is i numbers, filled up to the longest row of the call. One row is bad, and the source does not say which."""
+
+    def __init__(self, bad: int, most: int = 10) -> None:
+        self.bad, self.most = bad, most
+
+    def __len__(self) -> int:
+        return 12
+
+    def fetch(self, rows: Any, request: iw.FetchRequest) -> list[np.ndarray[Any, Any]]:
+        if (rows == self.bad).any() or len(rows) > self.most:
+            raise ValueError("a bad row")
+        found = np.full((len(rows), max(rows)), -1)
+        for target, row in zip(found, rows, strict=True):
+            target[:row] = row
+        return [found]
+
+
+@pytest.mark.parametrize(("fetchers", "workers"), [("thread", 2), ("process", 1), ("thread", 0)])
+@pytest.mark.parametrize("bad", [4, 5, 7])
+def test_of_a_request_with_a_bad_row_the_others_are_one_chunk_again(coordinator, fetchers, workers, bad) -> None:
+    source = register(
+        coordinator, iw.Stream(ToTheLongest(bad), rows_per_request=4), 1, input_names=["tokens"], num_workers=workers,
+        fetchers=fetchers, specs=[iw.ArraySpec((None,), np.int64)], rebatch=False, ordered=True,
+        on_error=iw.ErrorPolicy(skip=True),
+    )  # fmt: skip
+    with coordinator:
+        came = [batch.tokens.tolist() for batch in source]
+    good = [row for row in range(4, 8) if row != bad]
+    assert came[1] == [[row] * row + [-1] * (good[-1] - row) for row in good]
+    assert [len(chunk) for chunk in came] == [4, 3, 4]
+    assert source.stats().rows_dropped["skipped_error"] == 1
+
+
+def test_rows_that_come_only_one_by_one_and_make_no_chunk_are_an_error(coordinator) -> None:
+    source = register(
+        coordinator, iw.Stream(ToTheLongest(5, most=1), rows_per_request=4), 1, input_names=["tokens"], rebatch=False,
+        specs=[iw.ArraySpec((None,), np.int64)], on_error=iw.ErrorPolicy(skip=True),
+    )  # fmt: skip
+    coordinator.start()
+    with pytest.raises(iw.FetchFailed, match="shapes that make no chunk, and failed in one") as failed:
+        source.next_batch()
+    assert isinstance(failed.value.__cause__, iw.SpecMismatch)

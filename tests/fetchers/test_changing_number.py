@@ -250,3 +250,23 @@ def test_the_last_one_is_never_asked_to_rest() -> None:
     assert [each.released for each in recorders] == [False, True, True]
     go_on.set()
     assert fetchers.join(time.monotonic() + HANG_SECONDS) == []
+
+
+def test_a_thread_that_goes_on_as_another_fetcher_counts_once() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    first, second = FetcherRecorder(0), FetcherRecorder(1)
+
+    def loop(recorder: FetcherRecorder, interrupted: Any) -> bool:
+        if recorder is second:
+            begun.set()
+            assert go_on.wait(HANG_SECONDS)
+        return False
+
+    fetchers = ThreadFetchers("train", [first], [second], loop, print, lambda: None, lambda: not go_on.is_set(), None)
+    fetchers.start()
+    assert begun.wait(HANG_SECONDS)
+    assert fetchers.at_work() == [second]
+    fetchers.release(1)
+    assert not second.released, "it is the last one"
+    go_on.set()
+    assert fetchers.join(time.monotonic() + HANG_SECONDS) == []

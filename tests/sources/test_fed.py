@@ -13,6 +13,7 @@ from gates import HANG_SECONDS, await_true, register
 
 import input_workers as iw
 from input_workers.sources.fed import FedStream
+from input_workers.sources.stream_calls import StreamCalls
 
 
 def echo(rows: Any, request: iw.FetchRequest) -> list[np.ndarray[Any, Any]]:
@@ -78,3 +79,15 @@ def test_the_request_of_a_worker_that_died_is_fetched_by_another(coordinator, tm
             stream.give(text)
         assert [int(source.next_batch().data[0]) for _ in range(3)] == [4, -1, 6]
         assert source.stats().fetcher_restarts == 1
+
+
+def test_of_several_who_give_the_last_to_say_so_need_not_be_the_last_to_give() -> None:
+    stream = FedStream(echo)
+    plan = stream.plan("drop", (0,))
+    calls = StreamCalls(plan, rows_per_request=1, batch_size=1, seed=0, first=0, done={}, lend=lambda rows: None, allowed=0)
+    plan.follow(calls.allow)
+    for text in (b"1", b"2"):
+        stream.give(text)
+    calls.allow(1)
+    requests = [calls.deal_now(0) for _ in range(3)]
+    assert [bytes(each.rows[0]) if each is not None else None for each in requests] == [b"1", b"2", None]
