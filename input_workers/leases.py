@@ -75,6 +75,24 @@ class SlabPool:
         self._lent[id(lease)] = lease
         return base
 
+    @property
+    def lent(self) -> int:
+        """How many slabs are lent out."""
+        return len(self._lent)
+
+    @property
+    def free(self) -> int:
+        """How many slabs are kept for the next leases."""
+        return len(self._free)
+
+    def let_go(self) -> bool:
+        """Let go of a free slab; False: there is none."""
+        try:
+            self._free.popleft()
+        except IndexError:
+            return False
+        return True
+
     def _give_back(self, lease: _Lease) -> None:
         del self._lent[id(lease)]
         if len(self._free) < self.keep:
@@ -91,13 +109,15 @@ class CopyPool:
     """Lends out memory for copies of arrays of any size, from slabs of few sizes. Thread-safe.
 
     A fresh mapping costs a page fault for every 4 KB that is written, several times the copy itself; a slab that was used
-    before costs none. `keep` free slabs are kept of each size.
+    before costs none. `keep` free slabs are kept of each size, and all slabs together, free ones and those that are lent,
+    take no more memory than were ever lent at a time.
     """
 
-    __slots__ = ("_keep", "_pools")
+    __slots__ = ("_keep", "_most_lent", "_pools")
 
     def __init__(self, keep: int) -> None:
         self._keep = keep
+        self._most_lent = 0  # bytes
         self._pools: dict[int, SlabPool] = {}
 
     def copy(self, array: NDArray[Any]) -> NDArray[Any]:
@@ -108,9 +128,21 @@ class CopyPool:
         step = 1 << (nbytes.bit_length() - 3)  # four sizes for each power of two: at most a quarter is unused
         size = -(-nbytes // step) * step
         pool = self._pools.get(size) or self._pools.setdefault(size, SlabPool(size, self._keep))
+        if not pool.free:
+            self._make_room(size)
         target = pool.lease()[:nbytes].view(array.dtype).reshape(array.shape)
         np.copyto(target, array, casting="no")
         return target
+
+    def _make_room(self, nbytes: int) -> None:
+        """Another slab is needed: let go of free ones of other sizes for it."""
+        pools = list(self._pools.values())
+        lent = sum(pool.lent * pool.nbytes for pool in pools) + nbytes
+        self._most_lent = max(self._most_lent, lent)
+        excess = lent + sum(pool.free * pool.nbytes for pool in pools) - self._most_lent
+        for pool in pools:
+            while excess > 0 and pool.let_go():
+                excess -= pool.nbytes
 
 
 class SlotPool:
