@@ -274,7 +274,7 @@ class SourceCore:
             quarantine=self.quarantine.latest,
             fetchers_alive=alive,
             fetcher_restarts=self.recorder.restarts,
-            fetcher_busy_seconds=calls.seconds,
+            fetcher_busy_seconds=calls.seconds + total.failed[1],
             fetcher_blocked_seconds=sum(waited(recorder.blocked, now) for recorder in fetchers),
             enqueuer_busy_seconds=enqueuer_busy,
             enqueuer_blocked_seconds=waited(self.recorder.enqueuer_blocked, now),

@@ -179,5 +179,5 @@ class SourceRecorder:
             sum(device.batches_delivered for device in devices),
             sum(device.batches_not_ready for device in devices),
             sum(device.sent - device.batches_delivered for device in devices),
-            sum(fetcher.calls.count() for fetcher in fetchers),
+            sum(fetcher.call_count() for fetcher in fetchers),
         )

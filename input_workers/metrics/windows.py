@@ -45,7 +45,7 @@ class Counters(NamedTuple):
     batches: float = 0.0
     not_ready: float = 0.0
     depth: float = 0.0  # batches on the devices, at this moment
-    calls: float = 0.0  # of the fetch function, that have come back
+    calls: float = 0.0  # of the fetch function, that have returned or raised
 
 
 class Marks:

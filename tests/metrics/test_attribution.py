@@ -88,6 +88,51 @@ def test_a_slow_fetch_function_is_named_with_its_slowest_part(coordinator):
     assert samples(stats, "input_workers_fetch_part_seconds")["read",].seconds > 50 * STEP
 
 
+class FailsLate:
+    """A call raises after a while, and the next returns at once, in turn."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, worker_id, batch_size):
+        self.calls += 1
+        if self.calls % 2:
+            time.sleep(STEP)
+            raise ValueError("late")
+        return fetch(worker_id, batch_size)
+
+
+class MostRowsFailLate:
+    """Each call raises after a while, but for one of a row that can be divided by four."""
+
+    def __len__(self):
+        return 200
+
+    def fetch(self, rows, request):
+        if len(rows) > 1 or rows[0] % 4:
+            time.sleep(STEP)
+            raise ValueError("late")
+        return [rows.copy()]
+
+
+@pytest.mark.parametrize("kind", ["function", "stream"])
+@pytest.mark.parametrize(("workers", "fetchers"), [(1, "thread"), (1, "process"), (0, "thread")])
+def test_the_time_of_calls_that_fail_is_busy_and_no_duration(coordinator, workers, fetchers, kind):
+    function = FailsLate() if kind == "function" else iw.Stream(MostRowsFailLate(), rows_per_request=10, epochs=None)
+    make(coordinator, function, workers, fetchers=fetchers, on_error=iw.ErrorPolicy(skip=True))
+    coordinator.start()
+    stats = train(coordinator, batches=30 if kind == "function" else 3)
+    window, failed = stats.windows["run"], sum(stats.fetch_errors.values())
+    assert failed >= 30
+    assert window.fetchers.busy > 0.7
+    assert stats.fetcher_busy_seconds > (failed - 1) * STEP
+    assert stats.fetch.seconds < 0.2 * stats.fetcher_busy_seconds
+    assert stats.verdict == "fetch", stats.verdict_text
+    read = coordinator["train"]._core.recorder.read(time.monotonic())
+    now = coordinator["train"].stats()
+    assert stats.fetch.count + failed <= read.calls <= now.fetch.count + sum(now.fetch_errors.values())
+
+
 def test_a_slow_trainer_is_named_and_everybody_before_it_is_blocked(coordinator):
     make(coordinator)
     coordinator.start()
