@@ -11,7 +11,7 @@ from input_workers.fetchers import Processes
 from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import WindowStats
 from input_workers.metrics.verdict import Setting, judge
-from input_workers.metrics.windows import window_of
+from input_workers.metrics.windows import Counters, window_of
 
 __all__ = ["attribute"]
 
@@ -27,7 +27,7 @@ def attribute(
     recorder: SourceRecorder,
     state: Literal["starting", "running", "stopped"],
     slowest_part: str,
-    now: float,
+    now: Counters,
 ) -> tuple[dict[str, WindowStats], WindowStats]:
     """Return the windows by name, and the one that says how the source is doing now."""
     setting = Setting(
@@ -40,7 +40,7 @@ def attribute(
         slowest_part=slowest_part,
     )
     windows = {}
-    for name, (begin, end) in recorder.marks.windows(recorder.read(now)).items():
+    for name, (begin, end) in recorder.marks.windows(now).items():
         window = window_of(begin, end, len(recorder.devices))
         judged = window
         if auto is not None and auto.changed is not None and begin.at < auto.changed.at < end.at - ENOUGH_SECONDS:

@@ -256,7 +256,8 @@ class SourceCore:
         state = run.state if run is not None else "starting"
         workers = len(self.worker_ids) if run is None else run.workers
         cores, auto = (run.cores, run.auto) if run is not None else (1.0, None)
-        windows, latest = attribute(self.settings, workers, cores, auto, self.recorder, state, slowest, now)
+        read = self.recorder.read(now)
+        windows, latest = attribute(self.settings, workers, cores, auto, self.recorder, state, slowest, read)
         alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,
@@ -287,7 +288,7 @@ class SourceCore:
             windows=MappingProxyType(windows),
             fetch_parts=MappingProxyType(parts),
             workers=MappingProxyType(self.recorder.workers(now)),
-            history=self.recorder.marks.history(self.recorder.read(now)) if run is not None else (),
+            history=self.recorder.marks.history(read) if run is not None else (),
         )
 
     def _queued(self) -> tuple[float, int]:

@@ -15,8 +15,9 @@ from input_workers.coordinator.data_input_coordinator import DataInputCoordinato
 from input_workers.coordinator.global_coordinator import GlobalCoordinator
 from input_workers.coordinator.init import global_coordinator
 from input_workers.errors import ConfigError
+from input_workers.metrics.http_messages import Page
 from input_workers.metrics.instruments import INSTRUMENTS, Instrument, Sample
-from input_workers.metrics.pages import Page, Pages
+from input_workers.metrics.pages import Pages
 from input_workers.metrics.server import HttpServer
 from input_workers.metrics.snapshot import HistogramStats
 

@@ -10,7 +10,7 @@ from metrics import storms
 from metrics.http_client import source
 
 import input_workers as iw
-from input_workers.metrics.server import LIMITS
+from input_workers.metrics.http_messages import LIMITS
 
 
 @pytest.fixture

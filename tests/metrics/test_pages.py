@@ -14,8 +14,9 @@ from metrics.http_client import get, health, in_threads, samples, source, status
 import input_workers as iw
 from input_workers.coordinator.condition import Condition
 from input_workers.metrics import pages as pages_module
+from input_workers.metrics.http_messages import Page
 from input_workers.metrics.instruments import STATES
-from input_workers.metrics.pages import Page, ShortMemory, plain
+from input_workers.metrics.pages import ShortMemory, plain
 
 SOON = 0.001  # seconds after which a trainer that waits is a case for the doctor
 

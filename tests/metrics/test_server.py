@@ -16,7 +16,7 @@ from metrics.http_client import REQUEST, channels, connect, fast, get, source, u
 
 import input_workers as iw
 from input_workers.metrics import server as server_module
-from input_workers.metrics.server import LIMITS
+from input_workers.metrics.http_messages import LIMITS
 
 BOUND_SECONDS = 15.0  # of what takes under a second on an idle machine
 

@@ -9,7 +9,7 @@ from metrics.storms import WRONG
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 import input_workers as iw
-from input_workers.metrics.server import LIMITS
+from input_workers.metrics.http_messages import LIMITS
 
 
 @pytest.fixture
