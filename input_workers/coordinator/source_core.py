@@ -285,7 +285,7 @@ class SourceCore:
             devices=MappingProxyType(devices),
             fetch=calls,
             verdict_text=latest.verdict_text,
-            windows=MappingProxyType(windows),
+            windows=windows,
             fetch_parts=MappingProxyType(parts),
             workers=MappingProxyType(self.recorder.workers(now)),
             history=self.recorder.marks.history(read) if run is not None else (),
