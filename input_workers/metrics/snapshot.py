@@ -68,7 +68,7 @@ class WindowStats:
     # worker process counts with all its threads, and with the thread here that serves it: as a thread does that fetches itself
     enqueuer: StageShares  # busy filling slots and sending; starved without chunks; blocked without room on a device
     feed: float  # share of the time inside the feed's send; it is part of the enqueuer's busy time
-    device_queue_depth: float  # batches on the devices, from readings a second apart; near 0: the trainer takes them at once
+    device_queue_depth: float  # batches on the devices, the mean over time; near 0: the trainer takes them at once
     rows_per_second: float  # rows delivered
     batches: int  # delivered
     batches_not_ready: int  # of these, received before their copy to the device was done
