@@ -45,7 +45,16 @@ LAYERS: list[set[str]] = [
     },
     {"sources", "fetchers", "flow", "feeds"},
     {"coordinator"},
-    {"metrics.exporter", "metrics.pages", "metrics.server", "metrics.status_page", "metrics.top", "adapters", "staging"},
+    {
+        "metrics.exporter",
+        "metrics.http_messages",
+        "metrics.pages",
+        "metrics.server",
+        "metrics.status_page",
+        "metrics.top",
+        "adapters",
+        "staging",
+    },
     {"jobs", "bench"},
     {"cli", "__main__"},
 ]

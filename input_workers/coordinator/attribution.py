@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +12,7 @@ from input_workers.fetchers import Processes
 from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import WindowStats
 from input_workers.metrics.verdict import Setting, judge
-from input_workers.metrics.windows import window_of
+from input_workers.metrics.windows import Counters, window_of
 
 __all__ = ["attribute"]
 
@@ -27,8 +28,8 @@ def attribute(
     recorder: SourceRecorder,
     state: Literal["starting", "running", "stopped"],
     slowest_part: str,
-    now: float,
-) -> tuple[dict[str, WindowStats], WindowStats]:
+    now: Counters,
+) -> tuple[Mapping[str, WindowStats], WindowStats]:
     """Return the windows by name, and the one that says how the source is doing now."""
     setting = Setting(
         state=state,
@@ -39,13 +40,36 @@ def attribute(
         held_by=auto.held_by if auto is not None else None,
         slowest_part=slowest_part,
     )
-    windows = {}
-    for name, (begin, end) in recorder.marks.windows(recorder.read(now)).items():
-        window = window_of(begin, end, len(recorder.devices))
-        judged = window
-        if auto is not None and auto.changed is not None and begin.at < auto.changed.at < end.at - ENOUGH_SECONDS:
-            # What was with another number of workers says nothing about what to do now.
-            judged = window_of(auto.changed, end, len(recorder.devices)) if state == "running" else window
-        verdict = judge(judged, setting)
-        windows[name] = replace(window, verdict=verdict.word, verdict_text=verdict.text)
+    windows = Windows(recorder.marks.windows(now), len(recorder.devices), setting, auto.changed if auto is not None else None)
     return windows, windows["10s" if state == "running" else "run"]
+
+
+class Windows(Mapping[str, WindowStats]):
+    """Windows by name, each worked out when it is looked at: a scrape shows one of them. It never changes."""
+
+    def __init__(
+        self, ends: Mapping[str, tuple[Counters, Counters]], trainers: int, setting: Setting, changed: Counters | None
+    ) -> None:
+        self._ends = ends
+        self._trainers = trainers
+        self._setting = setting
+        self._changed = changed  # when the number of workers last did
+        self._known: dict[str, WindowStats] = {}
+
+    def __getitem__(self, name: str) -> WindowStats:
+        if name not in self._known:
+            begin, end = self._ends[name]
+            window = judged = window_of(begin, end, self._trainers)
+            changed = self._changed
+            if changed is not None and begin.at < changed.at < end.at - ENOUGH_SECONDS and self._setting.state == "running":
+                # What was with another number of workers says nothing about what to do now.
+                judged = window_of(changed, end, self._trainers)
+            verdict = judge(judged, self._setting)
+            self._known[name] = replace(window, verdict=verdict.word, verdict_text=verdict.text)
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ends)
+
+    def __len__(self) -> int:
+        return len(self._ends)

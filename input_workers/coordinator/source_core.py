@@ -260,7 +260,8 @@ class SourceCore:
         state = run.state if run is not None else "starting"
         workers = len(self.worker_ids) if run is None else run.workers
         cores, auto = (run.cores, run.auto) if run is not None else (1.0, None)
-        windows, latest = attribute(self.settings, workers, cores, auto, self.recorder, state, slowest, now)
+        read = self.recorder.read(now)
+        windows, latest = attribute(self.settings, workers, cores, auto, self.recorder, state, slowest, read)
         alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,
@@ -278,7 +279,7 @@ class SourceCore:
             quarantine=self.quarantine.latest,
             fetchers_alive=alive,
             fetcher_restarts=self.recorder.restarts,
-            fetcher_busy_seconds=calls.seconds,
+            fetcher_busy_seconds=calls.seconds + total.failed[1],
             fetcher_blocked_seconds=sum(waited(recorder.blocked, now) for recorder in fetchers),
             enqueuer_busy_seconds=enqueuer_busy,
             enqueuer_blocked_seconds=waited(self.recorder.enqueuer_blocked, now),
@@ -288,10 +289,10 @@ class SourceCore:
             devices=MappingProxyType(devices),
             fetch=calls,
             verdict_text=latest.verdict_text,
-            windows=MappingProxyType(windows),
+            windows=windows,
             fetch_parts=MappingProxyType(parts),
             workers=MappingProxyType(self.recorder.workers(now)),
-            history=self.recorder.marks.history(self.recorder.read(now)) if run is not None else (),
+            history=self.recorder.marks.history(read) if run is not None else (),
         )
 
     def _queued(self) -> tuple[float, int]:

@@ -24,15 +24,20 @@ class CallAccount:
         self._cpu = time.process_time()
         self._began = self._ended = 0.0
         self._waited = 0.0  # of the call in the making, for a block: no time of the function's
+        self._took: float | None = None  # where the answer is not of the whole time since it began, and of no other
         self._until = 0.0  # a trace goes on
 
     def begin_call(self) -> None:
         """A call begins."""
-        self._began, self._ended, self._waited = time.monotonic(), 0.0, 0.0
+        self._began, self._ended, self._waited, self._took = time.monotonic(), 0.0, 0.0, None
 
     def end_call(self) -> None:
         """It has returned."""
         self._ended = time.monotonic()
+
+    def took(self, seconds: float) -> None:
+        """The calls that are answered now took so long: others were made meanwhile, or these before."""
+        self._took = seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -64,7 +69,8 @@ class CallAccount:
             spans, recorder.trace.spans = recorder.trace.spans, []
             if ended > self._until:
                 recorder.trace = None
-        return ended - self._began - self._waited, self._began, ended, self._cpu - before, parts, spans
+        seconds = ended - self._began if self._took is None else self._took
+        return max(0.0, seconds - self._waited), self._began, ended, self._cpu - before, parts, spans
 
     def was_answered_early(self) -> None:
         """Another thread has sent the rows of the call that has returned: that it was made is for the next answer to tell."""

@@ -179,7 +179,7 @@ def fetch_loop(
             except Exception as error:
                 if (trace := recorder.trace) is not None and attempt is None and not isinstance(error, EndOfData):
                     trace.add(trace.failed_call, now, clock(), index_of(recorder.request))
-                recorder.end_call()
+                recorder.end_call(failed=not isinstance(error, EndOfData))
                 if recovery is None or attempt is not None or isinstance(error, EndOfData):
                     raise
                 if deal is not None and recorder.request is None:  # it could not be dealt: there is no call to make again

@@ -32,31 +32,39 @@ class PackedCalls:
         fetch: the function.
         worker_id: its first argument.
         send: sends packed rows, and how long their calls took.
+        took: told how long those calls took of which `next` returns what came, or raises it.
     """
 
     # Invariant under _lock: `_rows` holds rows of calls that have returned and were not sent; `_owed` says that an answer is
     # owed, which whoever sends it takes.
 
     def __init__(
-        self, fetch: Callable[[int, int], Any], worker_id: int, send: Callable[[Sequence[NDArray[Any]], float], None]
+        self,
+        fetch: Callable[[int, int], Any],
+        worker_id: int,
+        send: Callable[[Sequence[NDArray[Any]], float], None],
+        took: Callable[[float], object],
     ) -> None:
         self._fetch = fetch
         self._worker_id = worker_id
         self._send = send
+        self._took = took
         self._lock = threading.Lock()
         self._rows = PackedRows()
         self._layout: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
         self._owed = False
         self._seconds = 0.0
-        self._kept: list[Callable[[], Any]] = []  # what is to be the next answer
+        self._kept: list[tuple[Callable[[], Any], float]] = []  # what is to be the next answer, and how long its call took
         self._packing = threading.Event()
         self._late: threading.Thread | None = None
 
     def next(self, batch_size: int) -> Any:
         """Return the next answer, or SENT. Raises what the function raises."""
         if self._kept:
-            return self._kept.pop()()
-        started = time.monotonic()
+            answer, seconds = self._kept.pop()
+            self._took(seconds)
+            return answer()
+        started = before = time.monotonic()
         with self._lock:
             self._owed = True
         while True:
@@ -76,18 +84,21 @@ class PackedCalls:
                     if self._rows.rows < BLOCK_ROWS and now - started < PACK_SECONDS:
                         if self._late is None or not self._packing.is_set():
                             self._watch()
+                        before = now
                         continue
                     return self._take()
             answer = _returning(result)
             break
+        seconds = time.monotonic() - before  # of the last call; those before it have returned rows
         with self._lock:
             if self._owed and self._rows.rows:
-                self._kept.append(answer)
+                self._kept.append((answer, seconds))
+                self._took(before - started)
                 return self._take()
             owed, self._owed = self._owed, False
         if owed:
             return answer()
-        self._kept.append(answer)  # the rows before it were sent late, in this one's place
+        self._kept.append((answer, seconds))  # the rows before it were sent late, in this one's place
         return SENT
 
     def _take(self) -> Sequence[NDArray[Any]]:

@@ -105,7 +105,7 @@ class Worker:
         self._offered: list[NDArray[Any]] | None = None
         self._ended = False
         self._account = CallAccount(job.worker_id)
-        self._calls = PackedCalls(self._fetch, job.worker_id, self._send_packed)
+        self._calls = PackedCalls(self._fetch, job.worker_id, self._send_packed, self._account.took)
 
     def run(self) -> None:
         """Serve until the parent closes the pipe."""

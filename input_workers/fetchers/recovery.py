@@ -158,7 +158,7 @@ class Attempt:
             except Exception as error:
                 if (trace := recorder.trace) is not None:
                     trace.add(trace.failed_call, started, time.monotonic())
-                recorder.end_call()
+                recorder.end_call(failed=not isinstance(error, EndOfData))
                 self.failed(error, recorder)
                 continue
             recorder.end_call()

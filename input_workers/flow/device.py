@@ -110,7 +110,7 @@ class Device:
             recorder.feed = so_far + now - started, math.inf
             if (trace := recorder.trace) is not None:
                 trace.enqueuer.add("send", started, now, self.name)
-        recorder.sent += 1
+        recorder.count_sent(now)
         return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch, slot.parts))
 
     def next_batch(self, timeout_s: float, as_numpy: bool = False) -> Any:

@@ -176,6 +176,8 @@ class DeviceQueue:
             log.batches += is_batch
             recorder.rows_delivered += rows
             recorder.batches_delivered += is_batch
+            if is_batch:
+                recorder.count_taken(now)
             recorder.batches_not_ready += not ready
             recorder.mark(now)
 

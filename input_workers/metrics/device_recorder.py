@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import time
 from collections.abc import Callable
 
 from input_workers.metrics.histogram import Histogram
@@ -23,7 +24,9 @@ class DeviceRecorder:
     Attributes:
         batches_not_ready: counted by who receives them; 0 where a feed's copies are always done.
         send: filling a slot and sending it, for each batch.
-        sent: batches that were queued.
+        sent: how many batches were queued, and the sum of the moments when they were, in seconds since `created`; replaced as
+            one.
+        taken: of those that were delivered.
         feed: seconds inside the feed's send, in the form of a fetcher's `blocked`.
         waits: seconds that trainers waited, and since when each waits that does now, by thread; replaced as one.
         trace: where to note what is sent, and who waits; None: no trace runs.
@@ -31,8 +34,8 @@ class DeviceRecorder:
     """
 
     __slots__ = (
-        "batches_delivered", "batches_not_ready", "feed", "marks", "on_mark", "rows_delivered", "rows_padded", "send", "sent",
-        "trace", "waits",
+        "batches_delivered", "batches_not_ready", "created", "feed", "marks", "on_mark", "rows_delivered", "rows_padded",
+        "send", "sent", "taken", "trace", "waits",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -41,7 +44,8 @@ class DeviceRecorder:
         self.batches_not_ready = 0
         self.rows_padded = 0
         self.send = Histogram()
-        self.sent = 0
+        self.created = time.monotonic()
+        self.sent = self.taken = (0, 0.0)
         self.feed = (0.0, math.inf)
         self.waits: tuple[float, dict[int, float]] = (0.0, {})
         self.trace: SourceTrace | None = None
@@ -66,6 +70,21 @@ class DeviceRecorder:
         """Return the seconds that trainers waited, with waits that go on."""
         ended, waiting = self.waits
         return ended + sum(max(0.0, now - since) for since in waiting.values())
+
+    def count_sent(self, now: float) -> None:
+        """A batch is queued."""
+        count, moments = self.sent
+        self.sent = count + 1, moments + now - self.created
+
+    def count_taken(self, now: float) -> None:
+        """A batch is delivered."""
+        count, moments = self.taken
+        self.taken = count + 1, moments + now - self.created
+
+    def depth_seconds(self, now: float) -> float:
+        """Return for how long batches were queued, all together: how it rises is how many there are."""
+        (taken, until), (sent, since) = self.taken, self.sent
+        return until - since + (sent - taken) * (now - self.created)
 
     def mark(self, now: float) -> None:
         """Note how many rows were delivered by now, if the last note is old enough."""

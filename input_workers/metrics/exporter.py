@@ -15,8 +15,9 @@ from input_workers.coordinator.data_input_coordinator import DataInputCoordinato
 from input_workers.coordinator.global_coordinator import GlobalCoordinator
 from input_workers.coordinator.init import global_coordinator
 from input_workers.errors import ConfigError
+from input_workers.metrics.http_messages import Page
 from input_workers.metrics.instruments import INSTRUMENTS, Instrument, Sample
-from input_workers.metrics.pages import Page, Pages
+from input_workers.metrics.pages import Pages
 from input_workers.metrics.server import HttpServer
 from input_workers.metrics.snapshot import HistogramStats
 
@@ -113,11 +114,11 @@ def _rank(rank: int | str | None) -> str | None:
 
 
 def _page_maker(collector: StatsCollector, process: ProcessNumbers, accept: str) -> Callable[[], Page]:
-    encode, content_type = choose_encoder(accept)
+    _, content_type = choose_encoder(accept)
+    openmetrics = accept == OPENMETRICS
 
     def make() -> Page:
-        of_process = encode(process).removesuffix(b"# EOF\n")
-        return Page("200 OK", content_type, of_process + collector.text(accept == OPENMETRICS).encode())
+        return Page("200 OK", content_type, (process.text(openmetrics) + collector.text(openmetrics)).encode())
 
     return make
 
@@ -169,18 +170,21 @@ class MetricsServer:
         self.close()
 
 
-class ProcessNumbers(Collector):
+class ProcessNumbers:
     """prometheus_client's numbers of this process, with its rank, if it has one; none where the system has no /proc."""
 
     def __init__(self, rank: str | None) -> None:
-        self._labels = {} if rank is None else {"rank": rank}
+        self._labels = "" if rank is None else f'{{rank="{_escaped(rank)}"}}'
         self._collector = ProcessCollector(registry=None)
 
-    def collect(self) -> Iterator[Metric]:
+    def text(self, openmetrics: bool) -> str:
         """Return every family with the samples of this moment."""
+        lines = []
         for family in self._collector.collect():
-            family.samples = [sample._replace(labels=self._labels) for sample in family.samples]
-            yield family
+            name = family.name + "_total" * (family.type == "counter" and not openmetrics)
+            lines.append(f"# HELP {name} {family.documentation}\n# TYPE {name} {family.type}\n")
+            lines += [f"{sample.name}{self._labels} {_number(sample.value)}\n" for sample in family.samples]
+        return "".join(lines)
 
 
 class StatsCollector(Collector):

@@ -44,7 +44,8 @@ class FetcherRecorder:
             replaced as one, so that a reader never sees the sum fall.
         call_started: `time.monotonic()` of the running call; `inf` between calls.
         request: what is being fetched, or None.
-        calls: durations of the calls.
+        calls: durations of the calls that returned, whatever it was.
+        failed: how many calls raised, and their seconds: no duration, but time that was worked; replaced as one.
         parts: durations of parts of the calls, by name.
         worked: seconds that it was there, in the form of `blocked`.
         cpu: processor seconds of earlier threads and of worker processes, and of the present thread its clock (None: there
@@ -60,7 +61,7 @@ class FetcherRecorder:
 
     __slots__ = (
         "_claim", "_part_names", "abandoned", "alive", "attempt", "blocked", "call_started", "calls", "cpu", "errors",
-        "parts", "released", "request", "rows", "stopped_rows", "trace", "worked", "worker_id",
+        "failed", "parts", "released", "request", "rows", "stopped_rows", "trace", "worked", "worker_id",
     )  # fmt: skip
 
     def __init__(self, worker_id: int, part_names: PartNames | None = None) -> None:
@@ -75,6 +76,7 @@ class FetcherRecorder:
         self.call_started = math.inf
         self.request: FetchRequest | None = None
         self.calls = Histogram()
+        self.failed = (0, 0.0)
         self.errors: dict[str, int] = {}
         self.alive = False
         self.parts: dict[str, Histogram] = {}
@@ -110,9 +112,14 @@ class FetcherRecorder:
         self.worked = waited(self.worked, time.monotonic()), math.inf
 
     def busy_seconds(self, now: float) -> float:
-        """Return the seconds inside calls, with the one that runs."""
+        """Return the seconds inside calls, those that raised and the one that runs among them."""
         call_started = math.inf if self.abandoned else self.call_started
-        return self.calls.seconds() + (0.0 if call_started == math.inf else max(0.0, now - call_started))
+        running = 0.0 if call_started == math.inf else max(0.0, now - call_started)
+        return self.calls.seconds() + self.failed[1] + running
+
+    def call_count(self) -> int:
+        """Return how many calls have come back, with a result or an exception."""
+        return self.calls.count() + self.failed[0]
 
     def cpu_seconds(self) -> float:
         """Return the processor time of its threads."""
@@ -124,11 +131,14 @@ class FetcherRecorder:
         except OSError:  # the thread has ended just now
             return ended
 
-    def end_call(self) -> None:
-        """A call has returned or raised. Raises Abandoned if nobody waits for it any more."""
+    def end_call(self, failed: bool = False) -> None:
+        """A call has returned or, if it has `failed`, raised. Raises Abandoned if nobody waits for it any more."""
         with self._claim:
             if self.abandoned:
                 raise Abandoned
+            if failed:
+                calls, seconds = self.failed
+                self.failed = calls + 1, seconds + max(0.0, time.monotonic() - self.call_started)
             self.call_started = math.inf
 
     def abandon(self, overdue_since: float) -> bool:
@@ -173,6 +183,7 @@ class FetcherRecorder:
         total.stopped_rows = sum(recorder.stopped_rows for recorder in recorders)
         total.blocked = (sum(recorder.blocked[0] for recorder in recorders), math.inf)
         total.calls = Histogram.merged(recorder.calls for recorder in recorders)
+        total.failed = sum(recorder.failed[0] for recorder in recorders), sum(recorder.failed[1] for recorder in recorders)
         total.worked = (sum(recorder.worked[0] for recorder in recorders), math.inf)
         total.cpu = (sum(recorder.cpu_seconds() for recorder in recorders), None, 0.0)
         parts = [dict(recorder.parts) for recorder in recorders]

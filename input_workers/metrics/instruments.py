@@ -115,7 +115,7 @@ INSTRUMENTS = (
     Instrument(
         "input_workers_fetch_seconds",
         "histogram",
-        "Duration of the calls of the fetch function.",
+        "Duration of the calls of the fetch function that did not raise.",
         ("source",),
         lambda stats, _: [((), stats.fetch)],
     ),

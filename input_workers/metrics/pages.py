@@ -11,15 +11,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from input_workers import __version__
 from input_workers.coordinator.condition import Condition
 from input_workers.coordinator.data_input_coordinator import DataInputCoordinator
+from input_workers.metrics.http_messages import Page
 from input_workers.metrics.snapshot import Reading
 from input_workers.metrics.status_page import status_page
 
-__all__ = ["Page", "Pages", "ShortMemory"]
+__all__ = ["Pages", "ShortMemory"]
 
 log = logging.getLogger("input_workers")
 
@@ -29,15 +30,6 @@ MOST_OLD_SECONDS = 0.1
 
 MAX_REASON_CHARS = 500
 KEPT_OF_A_LIST = 20  # of what was skipped, the latest: `quarantine` may hold a megabyte
-
-
-class Page(NamedTuple):
-    """An answer."""
-
-    status: str
-    content_type: str
-    body: bytes
-    headers: tuple[tuple[str, str], ...] = ()
 
 
 Sources: TypeAlias = "Callable[[], Iterable[DataInputCoordinator]]"
@@ -69,7 +61,7 @@ class ShortMemory:
 
 
 class Pages:
-    """The WSGI application. It answers by path alone: nothing else of a request is looked at, but for the wanted format.
+    """Answers by path alone: nothing else of a request is looked at, but for the wanted format.
 
     Args:
         sources: returns the sources of this moment.
@@ -97,25 +89,16 @@ class Pages:
         }
         self._complained = False
 
-    def __call__(self, environ: Mapping[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        """Answer a request."""
-        make = self._pages.get(environ["PATH_INFO"])
+    def __call__(self, path: str, accept: str) -> Page:
+        """Return the answer to a request."""
+        make = self._pages.get(path)
         try:
-            page = make(environ.get("HTTP_ACCEPT", "")) if make is not None else NOT_FOUND
+            return make(accept) if make is not None else NOT_FOUND
         except Exception:
             if not self._complained:  # once, not at every request
                 log.exception("a page of the metrics server cannot be made")
             self._complained = True
-            page = FAILED
-        headers = [
-            ("Content-Type", page.content_type),
-            ("Content-Length", str(len(page.body))),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            *page.headers,
-        ]
-        start_response(page.status, headers)
-        return [] if environ["REQUEST_METHOD"] == "HEAD" else [page.body]
+            return FAILED
 
     def _metrics_page(self, accept: str) -> Page:
         return next(memory for wanted, memory in self._metrics.items() if wanted in accept).get()

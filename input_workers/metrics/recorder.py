@@ -140,7 +140,7 @@ class SourceRecorder:
         """A run begins: its windows do not reach back before it. Returns its readings."""
         for device in self.devices.values():
             device.on_mark = self.mark
-            device.sent = device.batches_delivered  # what an earlier run sent and did not deliver is gone
+            device.sent = device.taken  # what an earlier run sent and did not deliver is gone
         self.marks = Marks(self.read(now))
         return self.marks
 
@@ -178,6 +178,6 @@ class SourceRecorder:
             sum(device.rows_delivered for device in devices),
             sum(device.batches_delivered for device in devices),
             sum(device.batches_not_ready for device in devices),
-            sum(device.sent - device.batches_delivered for device in devices),
-            sum(fetcher.calls.count() for fetcher in fetchers),
+            sum(device.depth_seconds(now) for device in devices),
+            sum(fetcher.call_count() for fetcher in fetchers),
         )

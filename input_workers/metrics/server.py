@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from input_workers.errors import ConfigError
+from input_workers.metrics.http_messages import LIMITS, Answer, Busy, Page, Request
 
 try:
     from waitress import wasyncore
     from waitress.adjustments import Adjustments
     from waitress.channel import HTTPChannel
-    from waitress.parser import HTTPRequestParser, ParsingError
     from waitress.server import TcpWSGIServer
     from waitress.task import ThreadedTaskDispatcher
-    from waitress.utilities import BadRequest, Error
 except ImportError as error:
     raise ConfigError(f"serving metrics needs waitress ({error}); pip install waitress") from error
 
-__all__ = ["LIMITS", "HttpServer", "Limits"]
+__all__ = ["HttpServer"]
 
 log = logging.getLogger("input_workers")
 
@@ -39,86 +38,20 @@ QUIET = logging.Logger("input_workers.http")
 QUIET.addHandler(logging.NullHandler())
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What clients may take. Prometheus waits 10 s for a scrape, and asks every 15 to 60 s."""
-
-    request_seconds: float = 5.0  # from the first byte of a request, or a new connection, to its last
-    answer_seconds: float = 10.0  # to take an answer
-    idle_seconds: float = 60.0  # between two requests of a connection
-    tick_seconds: float = 0.5  # how exact those are
-    connections: int = 256  # one more closes the one that has been silent for longest
-    in_flight: int = 40  # requests that wait for their answer; others get 503
-    unread_bytes: int = 16 << 20  # answers that were not taken yet, all together; then the slowest client is dropped
-    backlog: int = 1024
-    headers: int = 100
-    header_bytes: int = 16 << 10
-    close_seconds: float = 5.0
-
-
-LIMITS = Limits()
+Application: TypeAlias = "Callable[[str, str], Page]"
 
 # Two: what only looks at a state does not wait for a page that is being made.
 THREADS = 2
 # The system's own choice grows to megabytes for each client that does not read.
 SEND_BUFFER_BYTES = 64 << 10
-FIRST_BYTES = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\r\n")
-
-
-class MethodNotAllowed(Error):  # type: ignore[misc]
-    """405."""
-
-    code = 405
-    reason = "Method Not Allowed"
-
-    def to_response(self, ident: str | None = None) -> tuple[str, list[tuple[str, str]], bytes]:
-        """Return status, headers and body."""
-        status, headers, body = super().to_response(ident)
-        return status, [*headers, ("Allow", "GET, HEAD")], body
-
-
-class Busy(Error):  # type: ignore[misc]
-    """503."""
-
-    code = 503
-    reason = "Service Unavailable"
-
-
-class Request(HTTPRequestParser):  # type: ignore[misc]
-    """GET and HEAD of HTTP 1.0 and 1.1, without a body; all else is an error before any of it is kept."""
-
-    def received(self, data: bytes) -> int:
-        """Take some bytes; return how many."""
-        if not self.header_plus and data[0] not in FIRST_BYTES:  # TLS, or anything binary
-            super().parse_header(b"GET / HTTP/1.0\r\n")
-            self._refuse(BadRequest("this is not HTTP"))
-            self.completed = True
-            return len(data)
-        return int(super().received(data))
-
-    def parse_header(self, header_plus: bytes) -> None:
-        """Read the first line and the headers."""
-        if sum(map(bool, header_plus.split(b"\r\n"))) - 1 > LIMITS.headers:
-            raise ParsingError(f"more than {LIMITS.headers} headers")
-        super().parse_header(header_plus)
-        if self.version not in ("1.0", "1.1"):
-            raise ParsingError("this is not HTTP 1.0 or 1.1")
-        if self.command not in ("GET", "HEAD"):
-            self._refuse(MethodNotAllowed("wanted GET or HEAD"))
-        elif self.content_length or self.chunked:
-            self._refuse(BadRequest("a body is not wanted"))
-
-    def _refuse(self, error: Error) -> None:
-        self.error = error
-        self.body_rcv = None
-        self.content_length = 0
-        self.chunked = self.expect_continue = False
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
     """A connection, with deadlines. All but `service` runs in the thread that listens."""
 
+    requests: list[Request]
     parser_class = Request
+    task_class = Answer
     logger = QUIET
 
     def __init__(self, server: HttpServer, sock: socket.socket, addr: Any, adj: Adjustments, map: Any) -> None:  # noqa: A002
@@ -129,9 +62,26 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         super().__init__(server, sock, addr, adj, map=map)
 
     def service(self) -> None:
-        """Answer one request."""
-        super().service()
+        """Answer one request. The thread that listens is woken only if there is something for it to do."""
+        request = self.requests[0]
+        task = (self.task_class if request.error is None else self.error_task_class)(self, request)
+        try:
+            task.service()
+        except Exception:  # the client has gone
+            task.close_on_finish = True
         self.served += 1
+        with self.requests_lock:
+            has_more = len(self.requests) > 1  # and no more were read meanwhile
+            if task.close_on_finish:
+                self.close_when_flushed = True
+                self.requests = []
+            else:
+                self.current_outbuf_count = self.adj.outbuf_high_watermark  # the next answer gets a buffer of its own
+                del self.requests[0]
+                if has_more:
+                    self.server.add_task(self)
+        if self.connected and (has_more or self.close_when_flushed or self.total_outbufs_len):
+            self.server.pull_trigger()
 
     def log_info(self, message: str, type: str = "info") -> None:  # noqa: A002
         """Say nothing."""
@@ -186,7 +136,7 @@ class Renderers(ThreadedTaskDispatcher):  # type: ignore[misc]
 
 
 class HttpServer(TcpWSGIServer):  # type: ignore[misc]
-    """Serves a WSGI application on a socket that is bound already, until `close`.
+    """Serves pages on a socket that is bound already, until `close`. `application(path, accept)` makes them, in any thread.
 
     One thread listens, reads and writes; two make answers. None of them ends the process or outlives `close`.
     """
@@ -194,7 +144,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]
     channel_class = Channel
     logger = QUIET
 
-    def __init__(self, application: Callable[..., Any], sock: socket.socket) -> None:
+    def __init__(self, application: Application, sock: socket.socket) -> None:
         self.renderers = Renderers()
         self._closing = self._closed = False
         self._not_before = 0.0  # no connection is accepted
@@ -208,7 +158,8 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]
             max_request_header_size=LIMITS.header_bytes,
             outbuf_high_watermark=1 << 40,  # nobody waits in a render for a client that does not read
             outbuf_overflow=1 << 40,  # and nothing goes to a file
-            channel_request_lookahead=0,
+            channel_request_lookahead=1,  # the listener goes on to read from a client that is being answered
+            clear_untrusted_proxy_headers=False,  # would wrap the application in another
         )
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         map_: dict[int, Any] = {}
@@ -227,7 +178,7 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]
     def _listen(self) -> None:
         look_again = 0.0
         while not self._closing:
-            wasyncore.poll2(LIMITS.tick_seconds if self.active_channels or self._not_before else None, self._map)
+            self._poll()
             now = time.monotonic()
             self._drop_unread()
             if now >= look_again:
@@ -235,6 +186,24 @@ class HttpServer(TcpWSGIServer):  # type: ignore[misc]
                 for channel in list(self.active_channels.values()):
                     if channel.is_overdue(now):
                         channel.handle_close()  # at once: a flag would wait until the client reads
+
+    def _poll(self) -> None:
+        """Wait until something happens, at most for a tick, and do what is to be done."""
+        poll = select.poll()
+        for number, each in self._map.items():
+            flags = (select.POLLIN | select.POLLPRI) * bool(each.readable())
+            if not each.accepting and each.writable():
+                flags |= select.POLLOUT
+            if flags:
+                poll.register(number, flags)
+        ready = dict(poll.poll(1000 * LIMITS.tick_seconds if self.active_channels or self._not_before else None))
+        # Last: a connection that it accepts may get the number of one that it closes, for which something came as well.
+        port = ready.pop(self._fileno, 0)
+        for number, flags in ready.items():
+            if number in self._map:
+                wasyncore.readwrite(self._map[number], flags)
+        if port:
+            wasyncore.readwrite(self, port)
 
     def _drop_unread(self) -> None:
         while True:

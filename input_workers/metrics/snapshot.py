@@ -61,13 +61,14 @@ class WindowStats:
 
     seconds: float  # how long it is: shorter than its name says where the run is younger
     trainer_wait: float  # share of the trainer's time (mean of the devices) without a batch; under 0.05: input is ahead
-    fetchers: StageShares  # busy in calls of the fetch function; starved without data; blocked by the full queue; their mean
+    fetchers: StageShares  # busy in calls of the fetch function, failed ones too; starved without data; blocked by the full
+    # queue; their mean
     fetchers_alive: float  # how many there were, on the average
     fetcher_cores: float  # processor cores that fetchers used; near 1 with several threads busy: they take turns (GIL). A
     # worker process counts with all its threads, and with the thread here that serves it: as a thread does that fetches itself
     enqueuer: StageShares  # busy filling slots and sending; starved without chunks; blocked without room on a device
     feed: float  # share of the time inside the feed's send; it is part of the enqueuer's busy time
-    device_queue_depth: float  # batches on the devices, from readings a second apart; near 0: the trainer takes them at once
+    device_queue_depth: float  # batches on the devices, the mean over time; near 0: the trainer takes them at once
     rows_per_second: float  # rows delivered
     batches: int  # delivered
     batches_not_ready: int  # of these, received before their copy to the device was done
@@ -114,7 +115,7 @@ class SourceStats:
     quarantine: tuple[Any, ...]
     fetchers_alive: int
     fetcher_restarts: int
-    fetcher_busy_seconds: float  # inside the fetch function, all fetchers together
+    fetcher_busy_seconds: float  # inside the fetch function, in calls that raised too, all fetchers together
     fetcher_blocked_seconds: float  # waiting because the queue is full: input is ahead
     enqueuer_busy_seconds: float  # filling slots and sending them
     enqueuer_blocked_seconds: float  # waiting for room on a device: the trainer is the bottleneck
@@ -122,7 +123,7 @@ class SourceStats:
     batches_not_ready: int  # received before the copy to the device was done
     verdict: str  # trainer, fetch, enqueue, feed, starting or stopped: who is the bottleneck, in the last ten seconds
     devices: Mapping[str, DeviceStats]
-    fetch: HistogramStats = field(repr=False)  # the calls of the fetch function
+    fetch: HistogramStats = field(repr=False)  # the calls of the fetch function that did not raise
     verdict_text: str = ""  # the verdict in a sentence, with what to do; of a source that was stopped, over the whole run
     windows: Mapping[str, WindowStats] = field(default_factory=dict, repr=False)  # by "10s", "60s" and "run"
     fetch_parts: Mapping[str, HistogramStats] = field(default_factory=dict, repr=False)  # by name, what `timed` measured

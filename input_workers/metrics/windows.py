@@ -28,7 +28,7 @@ HISTORY_KEPT = 61
 
 
 class Counters(NamedTuple):
-    """A reading. All but `at` and `depth` are sums since the source was made; seconds that go on are in them."""
+    """A reading. All but `at` are sums since the source was made; seconds that go on are in them."""
 
     at: float  # time.monotonic()
     trainer_wait: float = 0.0  # seconds, all trainers together
@@ -44,8 +44,8 @@ class Counters(NamedTuple):
     rows_delivered: float = 0.0
     batches: float = 0.0
     not_ready: float = 0.0
-    depth: float = 0.0  # batches on the devices, at this moment
-    calls: float = 0.0  # of the fetch function, that have come back
+    depth_seconds: float = 0.0  # that batches were on the devices, all together: it rises by their number a second
+    calls: float = 0.0  # of the fetch function, that have returned or raised
 
 
 class Marks:
@@ -57,7 +57,8 @@ class Marks:
         self._next = first.at + MARK_SECONDS
         self._has_begun = False
         self._recent: collections.deque[Counters] = collections.deque(maxlen=MARKS_KEPT)
-        self._history: collections.deque[Reading] = collections.deque([_reading(first)], HISTORY_KEPT)
+        self._drawn = first  # the last of the history
+        self._history: collections.deque[Reading] = collections.deque([_reading(first, first)], HISTORY_KEPT)
 
     def is_due(self, now: float) -> bool:
         """Whether the last reading is old enough, or none was made after the first batch."""
@@ -75,10 +76,9 @@ class Marks:
         elif counters.at >= self._next:
             self._next = counters.at + MARK_SECONDS
             self._recent.append(counters)
-        since = self._history[-1].at
-        if counters.at - since >= HISTORY_SECONDS:
-            depths = [each.depth for each in self._recent if each.at > since] or [counters.depth]
-            self._history.append(_reading(counters._replace(depth=sum(depths) / len(depths))))
+        if counters.at - self._drawn.at >= HISTORY_SECONDS:
+            self._history.append(_reading(self._drawn, counters))
+            self._drawn = counters
 
     @property
     def has_begun(self) -> bool:
@@ -87,33 +87,25 @@ class Marks:
 
     def history(self, now: Counters) -> tuple[Reading, ...]:
         """Return readings of the run, oldest first. Where none was made for long, the last is of some seconds ago at most."""
-        end = _reading(self.last if self.last is not None else now)
-        known = tuple(self._history)
-        last = known[-1]
+        end, last, known = self.last if self.last is not None else now, self._drawn, tuple(self._history)
         steps = (end.at - last.at) // HISTORY_SECONDS
-        if steps < 1:
-            return known
-        part = steps * HISTORY_SECONDS / (end.at - last.at)
-        return (*known, Reading(*(a + (b - a) * part for a, b in zip(last, end, strict=True))))
+        return (*known, _reading(last, _at([last, end], last.at + steps * HISTORY_SECONDS))) if steps >= 1 else known
 
     def windows(self, now: Counters) -> dict[str, tuple[Counters, Counters]]:
-        """Return the beginning and the end of each window, given a reading of this moment; `depth` of the end is the mean."""
+        """Return the beginning and the end of each window, given a reading of this moment."""
         end = self.last if self.last is not None else now
         first = self.first
         known = sorted((first, *self._recent.copy(), end))
         known = known[bisect_left(known, min(first, end)) : bisect_right(known, max(first, end))]
-        found = {name: _between(known, end.at - seconds) for name, seconds in WINDOWS.items()}
-        return {**found, "run": _between(known, first.at)}
+        moments = {**{name: end.at - seconds for name, seconds in WINDOWS.items()}, "run": first.at}
+        return {name: (_at(known, moment), known[-1]) for name, moment in moments.items()}
 
 
-def _reading(counters: Counters) -> Reading:
-    return Reading(counters.at, counters.rows_delivered, counters.trainer_wait, counters.depth)
-
-
-def _between(known: list[Counters], moment: float) -> tuple[Counters, Counters]:
-    """Return what was known at a moment, and at the end, with the mean depth since."""
-    depths = [counters.depth for counters in known[bisect_left(known, (moment,)) :]]
-    return _at(known, moment), known[-1]._replace(depth=sum(depths) / len(depths))
+def _reading(before: Counters, end: Counters) -> Reading:
+    """Return the sums at the end, and the mean depth since the reading before."""
+    seconds = end.at - before.at
+    depth = max(0.0, end.depth_seconds - before.depth_seconds) / seconds if seconds > 0.0 else 0.0
+    return Reading(end.at, end.rows_delivered, end.trainer_wait, depth)
 
 
 def _at(known: list[Counters], moment: float) -> Counters:
@@ -151,7 +143,7 @@ def window_of(begin: Counters, end: Counters, trainers: int = 1) -> WindowStats:
             share(begin.enqueue_blocked, end.enqueue_blocked, seconds),
         ),
         feed=share(begin.feed, end.feed, seconds),
-        device_queue_depth=end.depth,
+        device_queue_depth=max(0.0, end.depth_seconds - begin.depth_seconds) / seconds if seconds else 0.0,
         rows_per_second=max(0.0, end.rows_delivered - begin.rows_delivered) / seconds if seconds else 0.0,
         batches=round(batches),
         batches_not_ready=round(max(0.0, end.not_ready - begin.not_ready)),

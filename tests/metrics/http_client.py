@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import http.client
+import json
 import socket
 import threading
+import time
 import urllib.error
 import urllib.request
 from typing import Any
 
 import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
 
 import input_workers as iw
 
 HANG_SECONDS = 30.0
+
+REQUEST = b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
 def connect(server: Any, **options: int) -> socket.socket:
@@ -60,6 +66,40 @@ def get(server: Any, path: str = "/metrics") -> tuple[int, str]:
     except urllib.error.HTTPError as error:
         with error:
             return error.code, error.read().decode()
+
+
+def fast(server: Any) -> None:
+    """Scrape once, which is quick whatever else goes on."""
+    began = time.monotonic()
+    status, text = get(server)
+    assert status == 200
+    assert list(parse(text))
+    assert time.monotonic() - began < 5.0
+
+
+def channels(server: Any) -> dict[int, Any]:
+    """Return the open connections."""
+    return server._server.active_channels  # type: ignore[no-any-return]
+
+
+def health(server: Any) -> str:
+    """Return what /healthz says."""
+    status, text = get(server, "/healthz")
+    assert (status, text) == (200, "ok\n") or status == 503
+    return text
+
+
+def status(server: Any) -> Any:
+    """Return what /status.json says."""
+    code, text = get(server, "/status.json")
+    assert code == 200
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def samples(text: str) -> list[Any]:
+    """Return the samples of sources."""
+    families = [family for family in parse(text) if not family.name.startswith("process_")]
+    return [sample for family in families for sample in family.samples]
 
 
 def keep_alive(server: Any) -> http.client.HTTPConnection:

@@ -105,6 +105,7 @@ class Simulator:
     def __init__(self, pipeline: Pipeline, seed: int = 0) -> None:
         self.pipeline = pipeline
         self.now = 0.0
+        self._depth_seconds = 0.0
         self._rng = random.Random(seed)
         self._fetchers = [_Actor("busy") for _ in range(pipeline.fetchers)]
         self._enqueuer, self._trainer = _Actor("starved"), _Actor("wait")
@@ -151,7 +152,8 @@ class Simulator:
 
     def run_until(self, moment: float) -> None:
         while self._events and self._events[0][0] <= moment:
-            self.now, _, what, who = heapq.heappop(self._events)
+            at, _, what, who = heapq.heappop(self._events)
+            self._go_on(at)
             if what == "fetched":
                 self._fetched += self.pipeline.rows
                 self._calls += 1
@@ -168,7 +170,11 @@ class Simulator:
             else:
                 self._trainer.go("wait", self.now)
             self._settle()
-        self.now = moment
+        self._go_on(moment)
+
+    def _go_on(self, now: float) -> None:
+        self._depth_seconds += self._on_device * (now - self.now)
+        self.now = now
 
     def _settle(self) -> None:
         """Let everybody do what has become possible."""
@@ -224,6 +230,6 @@ class Simulator:
             rows_fetched=self._fetched,
             rows_delivered=self._batches * BATCH,
             batches=self._batches,
-            depth=self._on_device,
+            depth_seconds=self._depth_seconds,
             calls=self._calls,
         )

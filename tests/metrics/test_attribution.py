@@ -68,7 +68,8 @@ def samples(stats, name):
     return dict(instrument.read(stats, "running"))
 
 
-def test_a_slow_fetch_function_is_named_with_its_slowest_part(coordinator):
+def test_a_slow_fetch_function_is_named_with_its_slowest_part(coordinator, monkeypatch):
+    monkeypatch.setattr("input_workers.metrics.windows.HISTORY_SECONDS", 20 * STEP)
     make(coordinator, slow_fetch)
     coordinator.start()
     stats = train(coordinator)
@@ -79,6 +80,9 @@ def test_a_slow_fetch_function_is_named_with_its_slowest_part(coordinator):
     assert window.fetchers.busy > 0.8
     assert window.trainer_wait > 0.8
     assert window.enqueuer.starved > 0.8
+    assert window.device_queue_depth < 0.5  # a batch is taken as soon as it is there
+    assert len(stats.history) > 1
+    assert max(reading.device_queue_depth for reading in stats.history) < 0.5
     assert samples(stats, "input_workers_verdict") == {
         (word,): float(word == "fetch") for word in ("trainer", "fetch", "enqueue", "feed", "starting", "stopped")
     }
@@ -86,6 +90,51 @@ def test_a_slow_fetch_function_is_named_with_its_slowest_part(coordinator):
     assert shares["fetchers", "busy"] == stats.windows["10s"].fetchers.busy
     assert shares["trainer", "starved"] == stats.windows["10s"].trainer_wait
     assert samples(stats, "input_workers_fetch_part_seconds")["read",].seconds > 50 * STEP
+
+
+class FailsLate:
+    """A call raises after a while, and the next returns at once, in turn."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, worker_id, batch_size):
+        self.calls += 1
+        if self.calls % 2:
+            time.sleep(STEP)
+            raise ValueError("late")
+        return fetch(worker_id, batch_size)
+
+
+class MostRowsFailLate:
+    """Each call raises after a while, but for one of a row that can be divided by four."""
+
+    def __len__(self):
+        return 200
+
+    def fetch(self, rows, request):
+        if len(rows) > 1 or rows[0] % 4:
+            time.sleep(STEP)
+            raise ValueError("late")
+        return [rows.copy()]
+
+
+@pytest.mark.parametrize("kind", ["function", "stream"])
+@pytest.mark.parametrize(("workers", "fetchers"), [(1, "thread"), (1, "process"), (0, "thread")])
+def test_the_time_of_calls_that_fail_is_busy_and_no_duration(coordinator, workers, fetchers, kind):
+    function = FailsLate() if kind == "function" else iw.Stream(MostRowsFailLate(), rows_per_request=10, epochs=None)
+    make(coordinator, function, workers, fetchers=fetchers, on_error=iw.ErrorPolicy(skip=True))
+    coordinator.start()
+    stats = train(coordinator, batches=30 if kind == "function" else 3)
+    window, failed = stats.windows["run"], sum(stats.fetch_errors.values())
+    assert failed >= 30
+    assert window.fetchers.busy > 0.7
+    assert stats.fetcher_busy_seconds > (failed - 1) * STEP
+    assert stats.fetch.seconds < 0.2 * stats.fetcher_busy_seconds
+    assert stats.verdict == "fetch", stats.verdict_text
+    read = coordinator["train"]._core.recorder.read(time.monotonic())
+    now = coordinator["train"].stats()
+    assert stats.fetch.count + failed <= read.calls <= now.fetch.count + sum(now.fetch_errors.values())
 
 
 def test_a_slow_trainer_is_named_and_everybody_before_it_is_blocked(coordinator):
@@ -96,7 +145,7 @@ def test_a_slow_trainer_is_named_and_everybody_before_it_is_blocked(coordinator)
     assert stats.verdict == "trainer", stats.verdict_text
     assert window.enqueuer.blocked > 0.8
     assert window.fetchers.blocked > 0.8
-    assert window.device_queue_depth > 2
+    assert 2 < window.device_queue_depth <= 5  # as many as wait there, and the one in hand
     assert stats.device_queue_depth >= 2
 
 

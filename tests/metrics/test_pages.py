@@ -1,53 +1,24 @@
-"""The pages: what /metrics, /healthz and /status.json say, of sources in every state and with any name."""
+"""The pages: what /healthz and /status.json say, of sources in every state; how old a page may be."""
 
-import gc
 import json
-import logging
 import math
 import os
 import threading
-import time
-import types
-import weakref
 from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from gates import Gate, await_true, register
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from metrics.http_client import get, in_threads, source
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
-from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
-from prometheus_client.parser import text_string_to_metric_families as parse
+from metrics.http_client import get, health, in_threads, samples, source, status
 
 import input_workers as iw
 from input_workers.coordinator.condition import Condition
 from input_workers.metrics import pages as pages_module
-from input_workers.metrics.exporter import StatsCollector
-from input_workers.metrics.instruments import INSTRUMENTS, STATES
-from input_workers.metrics.pages import Page, ShortMemory, plain
+from input_workers.metrics.http_messages import Page
+from input_workers.metrics.instruments import STATES
+from input_workers.metrics.pages import ShortMemory, plain
 
 SOON = 0.001  # seconds after which a trainer that waits is a case for the doctor
-
-
-def health(server):
-    status, text = get(server, "/healthz")
-    assert (status, text) == (200, "ok\n") or status == 503
-    return text
-
-
-def status(server):
-    code, text = get(server, "/status.json")
-    assert code == 200
-    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-def samples(text):
-    """Those of sources."""
-    families = [family for family in parse(text) if not family.name.startswith("process_")]
-    return [sample for family in families for sample in family.samples]
 
 
 def state(server, name="train"):
@@ -59,15 +30,6 @@ def state(server, name="train"):
     shown = status(server)["sources"][name]["state"]
     assert mine[shown] == 1
     return shown
-
-
-def numbers(families):
-    """Everything but the order of labels."""
-    return [
-        (family.name, family.type, family.documentation, sample.name, sorted(sample.labels.items()), sample.value)
-        for family in families
-        for sample in family.samples
-    ]
 
 
 # /healthz
@@ -213,174 +175,6 @@ def test_a_source_whose_numbers_cannot_be_read_hides_no_other(caplog):
         told = status(server)["sources"]
     assert told["bad"]["error"] == "its numbers cannot be read: ZeroDivisionError"
     assert told["good"]["rows_fetched"] == 0
-
-
-# /metrics
-
-
-def test_a_source_of_which_one_number_is_wrong_is_left_out_as_a_whole(caplog):
-    coordinator = source(source(iw.GlobalCoordinator(), "good"), "bad")
-    stats = coordinator["bad"].stats()
-    half = types.SimpleNamespace(**{name: getattr(stats, name) for name in stats.__dataclass_fields__ if name != "queue_bytes"})
-    coordinator["bad"]._core.stats = lambda: half
-    with iw.serve_metrics(0, coordinator=coordinator) as server:
-        for _ in range(3):
-            assert {sample.labels["source"] for sample in samples(get(server)[1])} == {"good"}
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize(("rank", "label"), [(0, "0"), (7, "7"), ("a\ud800", "a\\ud800"), ("auto", "12")])
-def test_the_rank_is_a_label_of_every_metric(monkeypatch, rank, label):
-    monkeypatch.setenv("RANK", "12")
-    coordinator = source(iw.GlobalCoordinator())
-    with iw.serve_metrics(0, coordinator=coordinator, rank=rank) as server:
-        found = [sample for family in parse(get(server)[1]) for sample in family.samples]
-    assert {sample.name for sample in found} >= {"process_open_fds", "input_workers_queue_bytes"}
-    assert {sample.labels["rank"] for sample in found} == {label}
-
-
-@pytest.mark.parametrize("more", [{"rank": "auto"}, {"rank": ""}, {"rank": True}, {"rank": 1.5}, {"stalled_after_s": 0}])
-def test_a_wrong_argument_is_an_error(monkeypatch, more):
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(iw.ConfigError, match=next(iter(more))):
-        iw.serve_metrics(0, **more)
-
-
-def test_without_a_rank_there_is_no_such_label():
-    with iw.serve_metrics(0, coordinator=source(iw.GlobalCoordinator())) as server:
-        assert "rank" not in get(server)[1]
-
-
-@settings(max_examples=60)
-@given(st.lists(st.text(max_size=30) | st.text('"\\\n\r{}=,# \ud800\u2028', max_size=12), min_size=1, max_size=4, unique=True))
-def test_whatever_a_source_is_called_the_pages_parse(names):
-    coordinator = iw.GlobalCoordinator()
-    taken = []
-    for name in names:
-        try:
-            source(coordinator, name, 8)
-        except iw.ConfigError:
-            continue
-        taken.append(name)
-    registry = CollectorRegistry()
-    collector = StatsCollector(coordinator, rank=names[0].encode("utf-8", "backslashreplace").decode())
-    registry.register(collector)
-    shown = {name.encode("utf-8", "backslashreplace").decode() for name in taken}
-    text = collector.text(openmetrics=False)
-    assert numbers(parse(text)) == numbers(parse(generate_latest(registry).decode()))
-    assert {sample.labels["source"] for sample in samples(text)} == shown
-    assert len(samples(text)) >= len(INSTRUMENTS) * len(shown)
-    told, theirs = (list(parse_openmetrics(each)) for each in (collector.text(True), generate_openmetrics(registry).decode()))
-    assert numbers(told) == numbers(theirs)
-    assert {sample.labels["source"] for family in told for sample in family.samples} == shown
-
-
-def test_the_text_is_the_one_that_prometheus_client_writes():
-    coordinator = source(iw.GlobalCoordinator(), 'a"b')
-    with coordinator:
-        list(coordinator['a"b'])
-    registry, collector = CollectorRegistry(), StatsCollector(coordinator)
-    registry.register(collector)
-    stats = coordinator['a"b'].stats()
-    coordinator['a"b']._core.stats = lambda: stats
-    for openmetrics, theirs, parser in ((False, generate_latest, parse), (True, generate_openmetrics, parse_openmetrics)):
-        told, wanted = collector.text(openmetrics), theirs(registry).decode()
-        assert numbers(parser(told)) == numbers(parser(wanted))
-        assert [line for line in told.splitlines() if line[0] == "#"] == [x for x in wanted.splitlines() if x[0] == "#"]
-
-
-def test_sources_come_and_go_and_so_do_their_series():
-    shown = []
-    for round_ in range(30):
-        coordinator = source(iw.GlobalCoordinator(), f"s{round_}", 8)
-        with iw.serve_metrics(0, coordinator=coordinator) as server:
-            shown.append({sample.labels["source"] for sample in samples(get(server)[1])})
-            gone = weakref.ref(coordinator)
-            del coordinator
-            await_true(lambda gone=gone: gc.collect() >= 0 and gone() is None, "a dropped coordinator is collected")
-            assert samples(get(server)[1]) == []
-    assert shown == [{f"s{round_}"} for round_ in range(30)]
-
-
-def test_kinds_of_errors_are_bounded_and_their_counts_never_fall():
-    coordinator = source(iw.GlobalCoordinator())
-    collector = StatsCollector(coordinator)
-    stats = coordinator["train"].stats()
-    errors = {}
-    coordinator["train"]._core.stats = lambda: types.SimpleNamespace(
-        **{name: getattr(stats, name) for name in stats.__dataclass_fields__ if name != "fetch_errors"},
-        fetch_errors=dict(reversed(errors.items())),
-    )
-    before = {}
-    for number in range(300):
-        errors[f"Error{number}"] = number
-        errors["other"] = 1
-        families = [family for family in collector.collect() if family.name == "input_workers_fetch_errors"]
-        found = {sample.labels["error"]: sample.value for sample in families[0].samples}
-        assert len(found) <= 51
-        assert sum(found.values()) == sum(errors.values())
-        assert all(found[label] >= value for label, value in before.items())
-        before = found
-
-
-def test_a_storm_of_errors_is_counted_and_written_few_times(caplog):
-    caplog.set_level(logging.INFO)
-
-    class Broken:
-        def __len__(self):
-            return 5000
-
-        def fetch(self, rows, request):
-            raise ValueError("no")
-
-    coordinator = iw.GlobalCoordinator()
-    policy = iw.ErrorPolicy(skip=True)
-    stream = iw.Stream(Broken(), rows_per_request=100)
-    iw.init_data_input_workers("numpy", ["data"], stream, 4, 1, on_error=policy, coordinator=coordinator)
-    began = time.monotonic()
-    with coordinator, iw.serve_metrics(0, coordinator=coordinator) as server:
-        assert list(coordinator["train"]) == []
-        errors = [sample for sample in samples(get(server)[1]) if sample.labels.get("error")]
-    assert [sample.labels["error"] for sample in errors] == ["ValueError"]
-    assert errors[0].value >= 5000
-    assert len(caplog.records) <= 10 * (1 + time.monotonic() - began)
-
-
-def test_every_page_is_whole_and_no_counter_falls_while_sources_start_and_stop():
-    coordinator = source(iw.GlobalCoordinator(), rows=200, num_workers=2)
-    finished = threading.Event()
-    counters = {each.name for each in INSTRUMENTS if each.kind == "counter"}
-
-    def look(number):
-        highest = {}
-        while not finished.is_set():
-            if number % 4 == 3:
-                health(server)
-                told = [(("rows", name), each["rows_fetched"]) for name, each in status(server)["sources"].items()]
-            else:
-                found = samples(get(server)[1])
-                told = [((each.name, frozenset(each.labels.items())), each.value) for each in found if each.name in counters]
-            for key, value in told:
-                assert value >= highest.get(key, 0)
-                highest[key] = value
-        return len(highest)
-
-    def run(number):
-        if number:
-            return look(number - 1)
-        try:
-            for round_ in range(20):
-                with coordinator:
-                    for _ in range(round_ % 5):
-                        coordinator["train"].next_batch()
-                if round_ % 7 == 0:
-                    source(coordinator, f"more_{round_}", 80)
-        finally:
-            finished.set()
-        return 1
-
-    with iw.serve_metrics(0, coordinator=coordinator) as server:
-        assert all(in_threads(9, run))
 
 
 # Made anew, or not

@@ -14,7 +14,7 @@ from input_workers.metrics.windows import HISTORY_KEPT, HISTORY_SECONDS, Counter
 
 
 def counters(at):
-    return Counters(at, trainer_wait=at / 4, rows_delivered=10 * at, batches=at, depth=3.0)
+    return Counters(at, trainer_wait=at / 4, rows_delivered=10 * at, batches=at, depth_seconds=3.0 * at)
 
 
 def test_readings_are_kept_some_seconds_apart_and_for_five_minutes_only():
@@ -28,11 +28,11 @@ def test_readings_are_kept_some_seconds_apart_and_for_five_minutes_only():
     assert history[-1].at - history[0].at == 300.0
 
 
-def test_the_depth_of_a_reading_is_the_mean_since_the_one_before():
+def test_the_depth_of_a_reading_is_the_mean_over_the_time_since_the_one_before():
     marks = Marks(counters(0.0))
     for second in range(1, 12):
-        marks.add(counters(float(second))._replace(depth=float(second)))
-    assert [reading.device_queue_depth for reading in marks.history(counters(11.0))] == [3.0, 3.5, 8.0]
+        marks.add(counters(float(second))._replace(depth_seconds=float(second * second)))
+    assert [reading.device_queue_depth for reading in marks.history(counters(11.0))] == [0.0, 5.0, 15.0]
 
 
 def test_where_nothing_was_delivered_for_long_the_history_goes_on_in_steps():
