@@ -16,7 +16,7 @@ LET_PASS: dict[str, list[str]] = {}
 # What an example must say, where that shows that it did what it promises.
 SAYS = {
     "background_generator": "200 frames, each once: True",
-    "dataflow": "1000 rows in batches of 64, each once: True",
+    "dataflow": "1000 rows in batches of 64, each once, in order: True",
 }
 
 

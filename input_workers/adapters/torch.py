@@ -15,6 +15,7 @@ from input_workers.adapters.torch_epoch import Epoch, Position, tensor_of, text_
 from input_workers.adapters.torch_padding import PaddingCollate
 from input_workers.adapters.torch_team import LoaderTeam
 from input_workers.adapters.torch_worker import BatchFetch, let_threads_have_worker_info
+from input_workers.coordinator.settings import checked_fetchers
 from input_workers.errors import ConfigError, StateMismatch
 from input_workers.fetchers import Processes, Threads
 from input_workers.sources.padding import checked_pads
@@ -77,9 +78,7 @@ class Loader(DataLoader):  # type: ignore[misc]
         fetchers: str | Threads | Processes = "thread",
         pad_ragged: Mapping[Any, Any] | None = None,
     ) -> None:
-        known: dict[Any, Threads | Processes] = {"thread": Threads(), "process": Processes()}
-        if not isinstance(fetchers, (str, Threads, Processes)) or (isinstance(fetchers, str) and fetchers not in known):
-            raise ConfigError(f"fetchers: got {fetchers!r}; wanted 'thread', 'process', iw.Threads() or iw.Processes(...)")
+        chosen = checked_fetchers(fetchers)
         pads = checked_pads("loader", pad_ragged)
         if pads:
             if collate_fn is not None or (batch_size is None and batch_sampler is None):
@@ -89,7 +88,7 @@ class Loader(DataLoader):  # type: ignore[misc]
             dataset, batch_size, shuffle, sampler, batch_sampler, num_workers, collate_fn, pin_memory, drop_last, timeout,
             worker_init_fn, None, generator, prefetch_factor=prefetch_factor, persistent_workers=persistent_workers,
         )  # fmt: skip
-        self._fetchers = known[fetchers] if isinstance(fetchers, str) else fetchers
+        self._fetchers = chosen
         self._is_iterable = isinstance(dataset, IterableDataset)
         self._kept: LoaderTeam | None = None  # workers that are kept from epoch to epoch
         self._position = Position()

@@ -16,7 +16,7 @@ from input_workers.flow.enqueuer import LastBatch
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
 
-__all__ = ["DeviceSettings", "SourceSettings"]
+__all__ = ["DeviceSettings", "SourceSettings", "check_workers", "checked_fetchers"]
 
 
 def _whole(name: str, value: object, least: int, most: float = math.inf) -> int:
@@ -108,12 +108,7 @@ class SourceSettings:
         for logger in external_loggers:
             if not callable(getattr(logger, "log", None)):
                 raise ConfigError(f"external_loggers: {type(logger).__qualname__} has no method log(metrics)")
-        if fetchers == "ray":
-            raise ConfigError("fetchers='ray' is not built yet; wanted 'thread' or 'process'")
-        known: dict[object, Threads | Processes] = {"thread": Threads(), "process": Processes()}
-        if not isinstance(fetchers, (str, Threads, Processes)) or (isinstance(fetchers, str) and fetchers not in known):
-            raise ConfigError(f"fetchers: got {fetchers!r}; wanted 'thread', 'process', iw.Threads() or iw.Processes(...)")
-        chosen = known[fetchers] if isinstance(fetchers, str) else fetchers
+        chosen = checked_fetchers(fetchers)
         if last_batch not in get_args(LastBatch):
             raise ConfigError(f"last_batch: got {last_batch!r}; wanted one of {', '.join(get_args(LastBatch))}")
         if not rebatch and last_batch != "drop":
@@ -159,6 +154,18 @@ class SourceSettings:
 
 
 FIRST_WORKERS = 2
+
+
+def checked_fetchers(fetchers: object) -> Threads | Processes:
+    """Return how the fetch function is run. Raises ConfigError."""
+    if isinstance(fetchers, (Threads, Processes)):
+        return fetchers
+    if fetchers == "ray":
+        raise ConfigError("fetchers='ray' is not built yet; wanted 'thread' or 'process'")
+    known: dict[object, Threads | Processes] = {"thread": Threads(), "process": Processes()}
+    if not isinstance(fetchers, str) or fetchers not in known:
+        raise ConfigError(f"fetchers: got {fetchers!r}; wanted 'thread', 'process', iw.Threads() or iw.Processes(...)")
+    return known[fetchers]
 
 
 def check_workers(num_workers: object) -> int | Literal["auto"]:
