@@ -67,7 +67,8 @@ class MappedDataFlow:
             `map(RepeatedData(df, -1), function)`.)
         fetchers: "thread" (`iw.Threads()`), for functions that release the interpreter lock, as OpenCV and NumPy do; or
             "process" (`iw.Processes(...)`).
-        ordered: in the order of `df`. Else whatever is finished first, which lets no data point wait for one before it.
+        ordered: in the order of `df`. Else as they are finished: none waits for those before it, but for one
+            in its own process, which is sent the next one ahead.
         buffer_size: data points that are read ahead, being mapped or waiting; 4 for each worker by default.
         timeout_s: who waits longer for a data point gets WaitTimeout, and may ask again.
 
@@ -166,13 +167,9 @@ class _Epoch:
         except StopIteration:
             self._end()
             raise
-        except Exception as error:
+        except BaseException as error:  # also Ctrl-C: `df` may take it for its end, or a data point was on its way
             self._broken = describe(error)
             self._end()
-            raise
-        except BaseException as error:  # Ctrl-C: `df` may take it for its end, or a data point was on its way
-            self._broken = describe(error)
-            self._points, self._team = iter(()), None  # no waiting
             raise
 
     def close(self) -> None:
@@ -211,6 +208,7 @@ class _Epoch:
 
     def _end(self) -> None:
         team, self._team, self._points = self._team, None, iter(())
+        self._failure = None  # its traceback knows this
         if team is not None:
             team.stop()
 

@@ -25,6 +25,9 @@ class Certified:
         if self.counter is not None:
             self.counter.add()
 
+    def __len__(self) -> int:
+        return self.size
+
     def __iter__(self) -> Iterator[Any]:
         assert self.rng is not None, "reset_state was not called"
         for number in range(self.size):
