@@ -184,18 +184,19 @@ def test_what_cannot_be_sent_is_a_config_error_before_anything_is_read() -> None
         iter(ready(Certified(3), function, fetchers="process"))
 
 
-class Shouts:
-    """Raises an exception that is larger than a pipe."""
-
-    def __call__(self, point: Any) -> Any:
-        raise ValueError("x" * (1 << 20))
+def shout(point: Any) -> Any:
+    """Raise an exception that is larger than a pipe, for such data points."""
+    if isinstance(point, str):
+        raise ValueError(point)
+    return point
 
 
 def test_large_data_points_and_large_errors_do_not_wait_for_each_other() -> None:
     """One goes into a worker's pipe while the other comes out."""
-    points = dict.fromkeys(range(4), "y" * (1 << 20))
-    with pytest.raises(iw.FetchFailed):
-        list(ready(Certified(4, at=points), Shouts(), 1, fetchers="process", timeout_s=30))
+    points = dict.fromkeys(range(4, 8), "y" * (1 << 20))
+    for _ in range(3):
+        with pytest.raises(iw.FetchFailed):
+            list(ready(Certified(8, at=points), shout, 1, fetchers="process", buffer_size=8, timeout_s=30))
 
 
 CTRL_C = """
