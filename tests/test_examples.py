@@ -14,7 +14,7 @@ EXAMPLES = sorted((pathlib.Path(iw.__file__).parent.parent / "docs" / "examples"
 # What an example must say, where that shows that it did what it promises.
 SAYS = {
     "background_generator": "200 frames, each once: True",
-    "dataflow": "1000 rows in batches of 64, each once: True",
+    "dataflow": "1000 rows in batches of 64, each once, in order: True",
 }
 
 

@@ -1,4 +1,4 @@
-"""A DataFlow, as tensorpack has them, decoded by four threads into exact batches; then the source as a DataFlow itself."""
+"""A DataFlow, as tensorpack has them, mapped by four threads, in exact batches; then the source as a DataFlow itself."""
 
 from collections.abc import Iterator
 
@@ -21,9 +21,9 @@ def scaled(point: list) -> list:
     return [point[0].astype("float32") / 255, point[1]]
 
 
-fetch = dataflow.mapped(Images(), scaled)  # each data point once; dataflow.fetch(...): each worker its own copy
-coordinator = iw.init_data_input_workers("numpy", ["image", "label"], fetch, 64, 4, last_batch="keep")
+df = dataflow.map(Images(), scaled, workers=4)  # each data point once, in order; in processes: fetchers="process"
+coordinator = iw.init_data_input_workers("numpy", ["image", "label"], dataflow.fetch(df), 64, 1, last_batch="keep")
 with coordinator:
     batches = dataflow.SourceDataFlow(coordinator["train"])
     labels = np.concatenate([label for _image, label in iter(batches)])
-print(f"{len(labels)} rows in batches of 64, each once: {len(set(labels.tolist())) == 1000}")
+print(f"{len(labels)} rows in batches of 64, each once, in order: {labels.tolist() == [*range(1000)]}")

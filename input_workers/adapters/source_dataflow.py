@@ -45,6 +45,8 @@ class SourceDataFlow:
     def __len__(self) -> int:
         """Return how many data points an `iter` has, when nothing is skipped and nothing was resumed.
 
+        `list(df)` and `[*df]` ask for it, too, and raise what it raises; `list(iter(df))` does not ask.
+
         Raises:
             NotImplementedError: the source is no Stream, without an end, a Mix, or not rebatched (as tensorpack has it).
         """

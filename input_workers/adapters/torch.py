@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from input_workers.adapters.torch_epoch import Epoch, Position, tensor_of, text_of
 from input_workers.adapters.torch_padding import PaddingCollate
-from input_workers.adapters.torch_team import Team
+from input_workers.adapters.torch_team import LoaderTeam
 from input_workers.adapters.torch_worker import BatchFetch, let_threads_have_worker_info
 from input_workers.errors import ConfigError, StateMismatch
 from input_workers.fetchers import Processes, Threads, chosen_fetchers
@@ -89,7 +89,7 @@ class Loader(DataLoader):  # type: ignore[misc]
         )  # fmt: skip
         self._fetchers = chosen
         self._is_iterable = isinstance(dataset, IterableDataset)
-        self._kept: Team | None = None  # workers that are kept from epoch to epoch
+        self._kept: LoaderTeam | None = None  # workers that are kept from epoch to epoch
         self._position = Position()
         self._resume: Position | None = None
         if isinstance(self._fetchers, Threads) and num_workers:

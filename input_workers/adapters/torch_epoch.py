@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from input_workers.adapters.torch_team import Inline, Team
+from input_workers.adapters.torch_team import Inline, LoaderTeam
 from input_workers.adapters.torch_worker import Order
 from input_workers.errors import QueueClosed
 
@@ -88,21 +88,21 @@ class Epoch:
                 self._indices = loader._order()  # DataLoader, too, begins twice
         if not is_new and kept is not None:
             position.seed, position.round = kept.seed, kept.rounds
-            self._team: Team | Inline = kept
+            self._team: LoaderTeam | Inline = kept
         else:
             self._team = self._new_team(position.seed)
         self._team.rounds = position.round + 1
-        if loader.persistent_workers and isinstance(self._team, Team):
+        if loader.persistent_workers and isinstance(self._team, LoaderTeam):
             loader._kept = self._team
 
-    def _new_team(self, seed: int) -> Team | Inline:
+    def _new_team(self, seed: int) -> LoaderTeam | Inline:
         loader = self._loader
         if loader._kept is not None:
             loader._kept.stop()
         fetch = loader._fetch(seed)
         if not loader.num_workers:
             return Inline(fetch)
-        return Team(fetch, loader._fetchers, loader.prefetch_factor or 1, loader.timeout or math.inf)
+        return LoaderTeam(fetch, loader._fetchers, loader.prefetch_factor or 1, loader.timeout or math.inf)
 
     def __iter__(self) -> Epoch:
         return self

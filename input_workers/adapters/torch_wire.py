@@ -1,28 +1,24 @@
-"""A batch of a worker process goes in; a short text of pickle and the bytes of its tensors come out, and a batch again.
+"""The wire of worker processes for batches of PyTorch: tensors go as their bytes, too, and rows are stacked on the way.
 
 Imports PyTorch: loaded when a loader is made.
 """
 
 from __future__ import annotations
 
-import io
-import pickle
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import cloudpickle
 import numpy as np
 import torch
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
-from input_workers.fetchers.frames import INLINE_BELOW_NBYTES
-from input_workers.fetchers.process_child import Worker
-from input_workers.leases import ALIGNMENT_BYTES
+from input_workers.adapters import wire
+from input_workers.adapters.wire import Packer, Unpacker, dumps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["collate_rows", "pack", "unpack"]
+__all__ = ["collate_rows", "dumps", "pack", "unpack"]
 
 
 class _Rows:
@@ -70,40 +66,31 @@ def _is_plain(tensor: Any) -> bool:
     )
 
 
-class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
-    """Pickles a batch but for its tensors and arrays, which it notes down: (where it is to lie, the tensor)."""
+class _Packer(Packer):
+    """Sees tensors, too, and rows that are to be stacked."""
 
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5)
-        self.parts: list[tuple[int, Any]] = []
-        self.nbytes = 0
+    def kind_of(self, thing: Any) -> tuple[str, Any] | None:
+        if type(thing) is _Rows or (type(thing) is torch.Tensor and _is_plain(thing)):
+            return "tensor", str(thing.dtype).removeprefix("torch.")
+        return super().kind_of(thing)
 
-    def persistent_id(self, thing: Any) -> Any:
-        kind = type(thing)
-        if kind is np.ndarray and not thing.dtype.hasobject:
-            what, dtype = "array", thing.dtype
-        elif kind is _Rows or (kind is torch.Tensor and _is_plain(thing)):
-            what, dtype = "tensor", str(thing.dtype).removeprefix("torch.")
+    def write(self, thing: Any, target: NDArray[np.uint8]) -> None:
+        if isinstance(thing, np.ndarray):
+            super().write(thing, target)
+            return
+        place = torch.frombuffer(target, dtype=thing.dtype).reshape(thing.shape)
+        if isinstance(thing, torch.Tensor):
+            place.copy_(thing)
+        elif isinstance(thing.rows[0], torch.Tensor):
+            torch.stack(thing.rows, out=place)
         else:
-            return None
-        begin = self.nbytes
-        self.parts.append((begin, thing))
-        self.nbytes += -(-thing.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        return what, begin, dtype, tuple(thing.shape)
+            np.stack(thing.rows, out=place.numpy())
 
 
-class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, body: NDArray[np.uint8]) -> None:
-        super().__init__(file)
-        self._body = body
-
-    def persistent_load(self, place: Any) -> Any:
-        what, begin, dtype, shape = place
-        size = int(np.prod(shape, dtype=np.int64))
-        if what == "array":
-            if not size * dtype.itemsize:
-                return np.empty(shape, dtype)
-            return self._body[begin : begin + size * dtype.itemsize].view(dtype).reshape(shape)
+class _Unpacker(Unpacker):
+    def read(self, kind: str, begin: int, dtype: Any, shape: tuple[int, ...], size: int) -> Any:
+        if kind == "array":
+            return super().read(kind, begin, dtype, shape, size)
         tensor_dtype = getattr(torch, dtype)
         if not size:
             return torch.empty(shape, dtype=tensor_dtype)
@@ -112,41 +99,10 @@ class _Unpacker(pickle.Unpickler):
 
 
 def pack(content: Any) -> list[NDArray[np.uint8]]:
-    """Return the content as two rows of bytes: pickle, and what the tensors and arrays in it hold.
-
-    The latter are written into memory that both processes share, where they are large.
-    """
-    file = io.BytesIO()
-    packer = _Packer(file)
-    packer.dump(content)
-    head = np.frombuffer(file.getbuffer(), np.uint8)[np.newaxis]
-    shapes = [head.shape, (1, packer.nbytes)]
-    worker = Worker.of_this_process
-    if worker is None or packer.nbytes < INLINE_BELOW_NBYTES:
-        arrays = [head, np.empty(shapes[1], np.uint8)]
-    else:
-        arrays = worker.lend(shapes, [head.dtype, head.dtype])
-        arrays[0][:] = head
-    for begin, thing in packer.parts:
-        _write(thing, arrays[1][0, begin : begin + thing.nbytes])
-    return arrays
-
-
-def _write(thing: Any, target: NDArray[np.uint8]) -> None:
-    if not len(target):
-        return
-    if isinstance(thing, np.ndarray):
-        np.copyto(target.view(thing.dtype).reshape(thing.shape), thing)
-        return
-    place = torch.frombuffer(target, dtype=thing.dtype).reshape(thing.shape)
-    if isinstance(thing, torch.Tensor):
-        place.copy_(thing)
-    elif isinstance(thing.rows[0], torch.Tensor):
-        torch.stack(thing.rows, out=place)
-    else:
-        np.stack(thing.rows, out=place.numpy())
+    """Return the content as two rows of bytes; see `wire.pack`."""
+    return wire.pack(content, _Packer)
 
 
 def unpack(arrays: Sequence[NDArray[np.uint8]]) -> Any:
-    """Return what was packed, over the memory of the second array."""
-    return _Unpacker(io.BytesIO(arrays[0][0]), arrays[1][0]).load()
+    """Return what was packed; see `wire.unpack`."""
+    return wire.unpack(arrays, _Unpacker)

@@ -12,7 +12,7 @@ import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from torch.utils.data._utils import worker as torch_worker
 from input_workers.adapters.torch_padding import PaddingCollate
 from input_workers.contracts import FetchRequest
 from input_workers.fetchers.worker_seeds import seed_by
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["Answer", "BatchFetch", "Order"]
 
@@ -83,31 +80,26 @@ class BatchFetch:
     seed: int
     init: Callable[[int], object] | None
     in_process: bool
-    answers: dict[tuple[int, int], Answer] = dataclasses.field(default_factory=dict)  # of threads, by lane and number
     _workers: dict[int, _Worker] = dataclasses.field(default_factory=dict)
 
-    def __call__(self, rows: NDArray[Any], request: FetchRequest) -> list[NDArray[Any]]:
-        """Return the answer to an order: packed; of a thread, the number under which `answers` has it.
+    def __call__(self, content: bytes, request: FetchRequest) -> Answer:
+        """Return the answer to an order, which comes pickled.
 
         Raises:
             Exception: what data set, `collate_fn` and `init` raise.
         """
-        order: Order = pickle.loads(rows[0])  # noqa: S301  from the trainer
+        order: Order = pickle.loads(content)  # noqa: S301  from the trainer
         worker = self._workers.get(request.worker_id)
         if worker is None:
             worker = self._workers[request.worker_id] = _Worker(self, request.worker_id)
         if self.in_process:
-            from input_workers.adapters.torch_wire import pack  # which needs cloudpickle
-
             with worker.random_numbers(order):
-                return pack(worker.answer(order))
+                return worker.answer(order)
         _here.info = worker.info
-        lane = request.worker_id if self.is_iterable else 0
-        self.answers[lane, request.index] = worker.answer(order)
-        return [np.array([request.index])]
+        return worker.answer(order)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BatchFetch, tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:-2])
+        return BatchFetch, tuple(getattr(self, field.name) for field in dataclasses.fields(self)[:-1])
 
 
 class _Worker:

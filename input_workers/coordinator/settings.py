@@ -17,7 +17,7 @@ from input_workers.flow.enqueuer import LastBatch
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
 
-__all__ = ["DeviceSettings", "SourceSettings"]
+__all__ = ["DeviceSettings", "SourceSettings", "check_workers"]
 
 
 def _seconds(name: str, value: object, least: float = 0.0) -> float:
@@ -102,8 +102,6 @@ class SourceSettings:
         for logger in external_loggers:
             if not callable(getattr(logger, "log", None)):
                 raise ConfigError(f"external_loggers: {type(logger).__qualname__} has no method log(metrics)")
-        if fetchers == "ray":
-            raise ConfigError("fetchers='ray' is not built yet; wanted 'thread' or 'process'")
         chosen = chosen_fetchers(fetchers)
         if last_batch not in get_args(LastBatch):
             raise ConfigError(f"last_batch: got {last_batch!r}; wanted one of {', '.join(get_args(LastBatch))}")

@@ -94,4 +94,6 @@ def chosen_fetchers(fetchers: object) -> Threads | Processes:
         return Threads()
     if fetchers == "process":
         return Processes()
+    if fetchers == "ray":
+        raise ConfigError("fetchers='ray' is not built yet; wanted 'thread' or 'process'")
     raise ConfigError(f"fetchers: got {fetchers!r}; wanted 'thread', 'process', iw.Threads() or iw.Processes(...)")

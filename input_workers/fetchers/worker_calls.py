@@ -29,7 +29,7 @@ RESTART_WINDOW_SECONDS = 60.0
 
 # The call in the making, and the one after it.
 CALLS_AHEAD = 2
-MAX_ROWS_AHEAD = 4096
+MAX_NBYTES_AHEAD = 32 * 1024
 
 
 class _Call:
@@ -167,16 +167,15 @@ class WorkerCalls:
                 calls.append(_Call(None))
                 continue
             last = (calls or self._sent)[-1].request if self._sent or calls else None
-            if last is not None and len(last.rows) > MAX_ROWS_AHEAD:  # it might not fit into the pipe
-                break
             try:
                 request = requests.deal_now(self.worker_id) if last is not None else requests.deal(recorder)
             except EndOfData:
                 break
             if request is None:
                 break
-            if last is not None and request.ordinal < last.ordinal:
+            if last is not None and (request.ordinal < last.ordinal or request.rows.nbytes > MAX_NBYTES_AHEAD):
                 # It was given back, and is for a worker with nothing before it: in order, this one's might wait for it.
+                # Or it might not fit into the pipe, while the answer that comes the other way does not either.
                 requests.give_back([request])
                 break
             calls.append(_Call(request))

@@ -27,14 +27,15 @@ class FedStream(Stream):
     It has no end of its own and no state; one object is for one run. Thread-safe.
 
     Args:
-        fetch: `fetch(rows, request)` returns arrays of one row; `rows[0]` is what was given, as uint8. Pickled for
-            fetchers in other processes.
+        fetch: `fetch(rows, request)` returns arrays of one row; `rows[0]` is what was given: bytes as uint8, or the tuple.
+            Pickled for fetchers in other processes.
+        seed: of the requests' random numbers.
     """
 
     # Invariant under _lock: `_given` holds what was given and not forgotten, by number; `_count` is how many were given.
 
-    def __init__(self, fetch: Callable[[NDArray[Any], FetchRequest], Sequence[NDArray[Any]]]) -> None:
-        super().__init__(_NoRows(), rows_per_request=1)
+    def __init__(self, fetch: Callable[[NDArray[Any], FetchRequest], Sequence[NDArray[Any]]], seed: int = 0) -> None:
+        super().__init__(_NoRows(), seed=seed, rows_per_request=1)
         self._fetch = fetch
         self._given: dict[int, NDArray[Any]] = {}
         self._count = 0
@@ -47,11 +48,16 @@ class FedStream(Stream):
         """Return what has the requests' rows; see `Stream.plan`."""
         return FedPlan(self._given, self._fetch, self._follow)
 
-    def give(self, content: bytes) -> int:
-        """Let this be fetched next; return its number, which is its request's index."""
+    def give(self, content: bytes | tuple[Any, ...]) -> int:
+        """Let this be fetched next; return its number, which is its request's index. A tuple is for threads, as it is."""
+        if isinstance(content, bytes):
+            row: NDArray[Any] = np.frombuffer(content, np.uint8)[np.newaxis]
+        else:
+            row = np.empty(1, object)
+            row[0] = content
         with self._lock:
             number = self._count
-            self._given[number] = np.frombuffer(content, np.uint8)[np.newaxis]
+            self._given[number] = row
             self._count += 1
         self._allow(number + 1)
         return number
@@ -103,7 +109,7 @@ class FedPlan:
         return ENDLESS
 
     def rows(self, epoch: int, begin: int, stop: int) -> NDArray[Any]:
-        """Return what was given under this number, as the only row: uint8 (1, bytes)."""
+        """Return what was given under this number, as the only row: uint8 (1, bytes), or object (1,)."""
         return self._given[begin]
 
     def fetch(self, rows: NDArray[Any], request: FetchRequest) -> Sequence[NDArray[Any]]:

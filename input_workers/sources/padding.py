@@ -64,7 +64,7 @@ class PaddedColumn(Column):
         super().__init__(what, rows, out)
         self._pad = pad
         self._kept: list[NDArray[Any]] = [np.empty(0)] * rows if pad.length is None else []
-        self.lengths = np.empty(rows, np.int64) if lengths is None else lengths
+        self.lengths = np.zeros(rows, np.int64) if lengths is None else lengths
 
     def put(self, at: int, row: int, value: Any) -> None:
         """Write row number `row` at position `at`; see `Column.put`. Raises SpecMismatch, too: it is longer than the length."""
@@ -89,13 +89,14 @@ class PaddedColumn(Column):
             self.put(position, row, value)
 
     def filled(self) -> NDArray[Any]:
-        """Return the array, when every row was put."""
+        """Return the array, when every row was put; of a row that was not, it has anything."""
         array = super().filled()
         if self._pad.length is not None:
             return array
         longest = np.full((len(self._kept), max(self.lengths), *array.shape[2:]), self._pad.value, array.dtype)
         for target, row in zip(longest, self._kept, strict=True):
-            target[: len(row)] = row
+            if len(row):
+                target[: len(row)] = row
         return longest
 
 

@@ -10,40 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fetchers.shared_between import FileCounter, certified_rows, rows_seen
+from adapters.certified_flow import Certified
+from fetchers.shared_between import FileCounter, rows_seen
 from gates import await_true, register
 
 import input_workers as iw
 from input_workers.adapters import dataflow
 
 
-class Certified:
-    """A DataFlow of self-certifying data points, rows or batches; `reset_state` gives it random numbers, once."""
+def same(point: Any) -> Any:
+    return point
 
-    def __init__(self, size: int, rows: int = 0, counter: FileCounter | None = None, at: Any = None) -> None:
-        self.size, self.rows, self.counter, self.at = size, rows, counter, at or {}
-        self.resets: list[int] = []
-        self.rng: Any = None
 
-    def reset_state(self) -> None:
-        assert self.rng is None, "reset_state was called twice"
-        self.rng = np.random.default_rng()
-        self.resets.append(threading.get_ident())
-        if self.counter is not None:
-            self.counter.add()
-
-    def __iter__(self) -> Iterator[Any]:
-        assert self.rng is not None, "reset_state was not called"
-        for number in range(self.size):
-            if number in self.at:
-                point = self.at[number]
-                if isinstance(point, BaseException):
-                    raise point
-                yield point
-            else:
-                rows = np.arange(number * self.rows, (number + 1) * self.rows) if self.rows else [number]
-                data, label = certified_rows(rows)
-                yield [data, label] if self.rows else [data[0], label[0]]
+def fetch_mapped(df: Any, **more: Any) -> Any:
+    """Return a fetch function over a DataFlow that workers of its own map."""
+    return dataflow.fetch(dataflow.map(df, same, 3), **more)
 
 
 def all_of(source: Any) -> list[int]:
@@ -105,55 +86,14 @@ def test_random_numbers_differ_between_workers(coordinator: iw.GlobalCoordinator
     assert len(set(numbers.tolist())) == 200
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
-@pytest.mark.parametrize("rows_per_chunk", [1, 3, 100])
-def test_mapped_gives_each_data_point_once_whoever_maps_it(
-    coordinator: iw.GlobalCoordinator, workers: int, rows_per_chunk: int
-) -> None:
-
-    def double(point: Any) -> Any:
-        number = int(point[1]) * 2
-        return [each[0] for each in certified_rows([number])]
-
-    df = Certified(203)
-    fetch = dataflow.mapped(df, double, rows_per_chunk=rows_per_chunk)
-    source = register(coordinator, fetch, 7, num_workers=workers, last_batch="keep")
-    for _ in range(3):  # each run is an epoch
-        coordinator.start()
-        seen = all_of(source)
-        assert (seen if workers == 1 else sorted(seen)) == [*range(0, 406, 2)]
-        coordinator.stop()
-    assert len(df.resets) == 1
-
-
-def test_threads_map_at_the_same_time(coordinator: iw.GlobalCoordinator) -> None:
-    together = threading.Barrier(3)
-
-    def meet(point: Any) -> Any:
-        together.wait(30)  # fails if only one at a time comes here
-        return point
-
-    assert sorted(run(coordinator, dataflow.mapped(Certified(12), meet, rows_per_chunk=1), 3)) == [*range(12)]
-
-
-def test_a_data_point_mapped_to_none_is_left_out_and_in_no_account(coordinator: iw.GlobalCoordinator) -> None:
-    fetch = dataflow.mapped(Certified(100), lambda point: point if point[1] % 10 == 3 else None, rows_per_chunk=4)
-    assert sorted(run(coordinator, fetch, 2)) == [*range(3, 100, 10)]
-    assert coordinator["train"].stats().rows_fetched == 10
-
-
-def test_batches_are_mapped_too(coordinator: iw.GlobalCoordinator) -> None:
-    fetch = dataflow.mapped(Certified(10, rows=6), lambda point: [each[:3] for each in point], batched=True)
-    assert sorted(run(coordinator, fetch, 2)) == [number for number in range(60) if number % 6 < 3]
-
-
 @pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("way", [dataflow.fetch, dataflow.mapped])
+@pytest.mark.parametrize("way", [dataflow.fetch, fetch_mapped])
 def test_a_dataflow_that_fails_is_never_an_end_and_its_error_is_the_cause(
     coordinator: iw.GlobalCoordinator, way: Callable[..., Any], workers: int
 ) -> None:
     error = OSError("disk gone")
-    source = register(coordinator, way(Certified(50, at={20: error}), rows_per_chunk=8), 1, num_workers=workers)
+    fetch = way(Certified(50, at={20: error}), rows_per_chunk=8)
+    source = register(coordinator, fetch, 1, num_workers=workers)
     coordinator.start()
     seen: list[int] = []
     with pytest.raises(iw.FetchFailed) as caught:
@@ -161,48 +101,70 @@ def test_a_dataflow_that_fails_is_never_an_end_and_its_error_is_the_cause(
     assert isinstance(caught.value.__cause__, OSError)
     if workers == 1:
         assert seen == [*range(20)], "what came before is delivered"
-
-
-def test_one_error_of_a_shared_dataflow_is_what_every_worker_gets() -> None:
-    error = OSError("disk gone")
-    fetch = dataflow.mapped(Certified(50, at={20: error}), rows_per_chunk=8)
-    for rows in (8, 8, 4):
-        assert len(fetch(0, 1)[0]) == rows
-    for worker in (1, 0, 1):  # also where it comes after another's rows
-        with pytest.raises(OSError, match="disk gone"):
-            fetch(worker, 1)
+    assert coordinator.stop()
     fetch.close()
-    assert rows_of(fetch(1, 1)) == [*range(8)]
 
 
-def rows_of(chunk: Any) -> list[int]:
-    return [int(number) for number in chunk[1]]
+def test_what_is_mapped_by_many_is_a_source_of_one_worker(coordinator: iw.GlobalCoordinator) -> None:
+    together = threading.Barrier(3)
+
+    def meet(point: Any) -> Any:
+        if point[1] < 3:
+            together.wait(30)  # fails if only one at a time comes here
+        return point if point[1] % 10 else None
+
+    df = Certified(203)
+    source = register(coordinator, dataflow.fetch(dataflow.map(df, meet, 3)), 7, num_workers=1, last_batch="keep")
+    for _ in range(3):  # each run is an epoch
+        coordinator.start()
+        assert all_of(source) == [number for number in range(203) if number % 10]
+        coordinator.stop()
+        together.reset()
+    assert source.stats().rows_fetched == 3 * 182, "what is left out is no row of any account"
+    assert df.rng is None, "a copy is iterated"
 
 
-def test_what_a_function_fails_for_is_skipped_alone(coordinator: iw.GlobalCoordinator) -> None:
-    def picky(point: Any) -> Any:
-        if point[1] % 10 == 3:
-            raise KeyError(int(point[1]))
-        return point
+def test_the_workers_of_a_source_in_processes_may_have_workers_of_their_own(coordinator: iw.GlobalCoordinator) -> None:
+    seen = run(coordinator, fetch_mapped(Certified(50)), 2, fetchers="process")
+    assert collections.Counter(seen) == dict.fromkeys(range(50), 2)
 
-    policy = iw.ErrorPolicy(skip=True)
-    fetch = dataflow.mapped(Certified(100), picky, rows_per_chunk=16)
-    source = register(coordinator, fetch, 7, num_workers=3, last_batch="keep", on_error=policy)
+
+def test_a_run_after_a_stop_goes_on_where_it_was(coordinator: iw.GlobalCoordinator) -> None:
+    fetch = fetch_mapped(Certified(100), rows_per_chunk=5)
+    source = register(coordinator, fetch, 5, num_workers=1, last_batch="keep")
     coordinator.start()
-    assert sorted(all_of(source)) == [number for number in range(100) if number % 10 != 3]
-    assert dict(source.stats().fetch_errors) == {"KeyError": 10}
+    next(iter(source))
+    coordinator.stop()
+    coordinator.start()
+    rest = all_of(source)
+    assert rest == [*range(100 - len(rest), 100)]
+    assert len(rest) < 100
+    fetch.close()
 
 
-def test_all_workers_hear_of_the_end_and_a_run_after_a_stop_goes_on() -> None:
-    fetch = dataflow.mapped(Certified(10), rows_per_chunk=4)
-    assert rows_of(fetch(0, 1)) == [0, 1, 2, 3]
-    assert rows_of(fetch(1, 1)) == [4, 5, 6, 7]
-    assert rows_of(fetch(0, 1)) == [8, 9]
-    for worker in (1, 0, 2):
-        with pytest.raises(iw.EndOfData):
-            fetch(worker, 1)
-    assert rows_of(fetch(1, 1)) == [0, 1, 2, 3]
-    assert rows_of(fetch(2, 1)) == [4, 5, 6, 7]
+@pytest.mark.parametrize("way", [dataflow.fetch, fetch_mapped])
+@pytest.mark.parametrize("length", [6, (9, -1), "longest"])
+def test_rows_of_unequal_length_are_padded(coordinator: iw.GlobalCoordinator, way: Callable[..., Any], length: Any) -> None:
+    points = [[np.full((number % 5, 2), number, np.int16), number] for number in range(23)]
+    fetch = way(Certified(23, at=dict(enumerate(points))), pad_ragged={0: length}, rows_per_chunk=8)
+    size, value = length if isinstance(length, tuple) else (length, 0)
+    more: dict[str, Any] = {"input_names": ["text", "number", "text_length"]}
+    if length == "longest":
+        specs = [iw.ArraySpec((None, 2), np.int16), iw.ArraySpec((), np.int64), iw.ArraySpec((), np.int64)]
+        more |= {"rebatch": False, "specs": specs}
+    else:
+        more["last_batch"] = "keep"
+    source = register(coordinator, fetch, 8, **more)
+    coordinator.start()
+    numbers: list[int] = []
+    for text, number, lengths in source:
+        assert text.shape[1] == (max(lengths) if length == "longest" else size)
+        for row, own, width in zip(text, number, lengths, strict=True):
+            assert width == own % 5
+            assert (row[:width] == own).all()
+            assert (row[width:] == value).all()
+        numbers += number.tolist()
+    assert numbers == [*range(23)]
 
 
 class Odd:
@@ -224,12 +186,11 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-@pytest.mark.parametrize("way", [dataflow.fetch, dataflow.mapped])
 def test_a_data_point_unlike_the_others_is_an_error_that_names_the_component(
-    coordinator: iw.GlobalCoordinator, way: Callable[..., Any], kind: str
+    coordinator: iw.GlobalCoordinator, kind: str
 ) -> None:
     point, message = WRONG[kind]
-    source = register(coordinator, way(Certified(50, at={9: point}), rows_per_chunk=16), 1, num_workers=1)
+    source = register(coordinator, dataflow.fetch(Certified(50, at={9: point}), rows_per_chunk=16), 1, num_workers=1)
     coordinator.start()
     seen: list[int] = []
     with pytest.raises(iw.FetchFailed) as caught:
@@ -269,18 +230,14 @@ def test_an_endless_dataflow_ends_with_its_source(coordinator: iw.GlobalCoordina
             while True:
                 yield from super().__iter__()
 
-    source = register(coordinator, dataflow.mapped(Endless(10)), 5, num_workers=4)
+    fetch = fetch_mapped(Endless(10))
+    source = register(coordinator, fetch, 5, num_workers=2)
     coordinator.start()
     for _, batch in zip(range(100), source, strict=False):
         rows_seen(batch)
     await_true(lambda: source.stats().rows_fetched > 500)
     assert coordinator.stop()
-
-
-def test_processes_cannot_share_one_dataflow(coordinator: iw.GlobalCoordinator) -> None:
-    register(coordinator, dataflow.mapped(Certified(10)), 5, fetchers="process")
-    with pytest.raises(iw.ConfigError, match="workers share one DataFlow, and processes cannot"):
-        coordinator.start()
+    fetch.close()  # what was stopped in between would go on
 
 
 def test_a_dataflow_that_cannot_be_copied_is_a_config_error_that_knows_what_to_do() -> None:
@@ -297,11 +254,11 @@ def test_a_dataflow_that_cannot_be_copied_is_a_config_error_that_knows_what_to_d
     [
         (lambda: dataflow.fetch([1, 2]), "fetch: got"),  # type: ignore[arg-type]
         (lambda: dataflow.fetch(Certified), "fetch: got"),  # type: ignore[arg-type]
-        (lambda: dataflow.mapped(lambda worker_id: Certified(1)), "mapped: got"),  # type: ignore[arg-type]
-        (lambda: dataflow.mapped(Certified(1), 5), "function: got 5"),  # type: ignore[arg-type]
         (lambda: dataflow.fetch(Certified(1), "ab"), "columns: got 'ab'"),
         (lambda: dataflow.fetch(Certified(1), ["a", "a"]), "each once"),
-        (lambda: dataflow.mapped(Certified(1), rows_per_chunk=0), "rows_per_chunk: got 0"),
+        (lambda: dataflow.fetch(Certified(1), pad_ragged={0: 0}), "pad_ragged: 0: got 0"),
+        (lambda: dataflow.fetch(Certified(1), pad_ragged={0: 5}, batched=True), "with batched=True"),
+        (lambda: dataflow.fetch(Certified(1), rows_per_chunk=0), "rows_per_chunk: got 0"),
     ],
 )
 def test_wrong_arguments_are_config_errors(make: Callable[[], Any], message: str) -> None:

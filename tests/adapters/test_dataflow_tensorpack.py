@@ -76,24 +76,30 @@ def test_the_remainder_that_tensorpack_drops_is_declared_there(coordinator: iw.G
         assert source.stats().rows_dropped["final_partial"] == 2
 
 
-@pytest.mark.filterwarnings("ignore:isSet:DeprecationWarning")  # in its threads, which else die, and it hangs
-def test_mapped_gives_what_its_strict_threads_give(coordinator: iw.GlobalCoordinator, tp: Any) -> None:
-    def double(point: Any) -> Any:
-        return [column[0] for column in certified_rows([point[1] * 2])]
+def doubled(point: Any) -> Any:
+    return [column[0] for column in certified_rows([point[1] * 2])]
 
+
+@pytest.mark.parametrize("fetchers", ["thread", "process"])
+@pytest.mark.filterwarnings("ignore:isSet:DeprecationWarning")  # in its threads, which else die, and it hangs
+def test_map_gives_what_its_strict_threads_give(tp: Any, fetchers: str) -> None:
     df = tp.DataFromList(data_points(300), shuffle=True)
-    theirs = tp.MultiThreadMapData(df, 3, double, buffer_size=50, strict=True)
+    theirs = tp.MultiThreadMapData(df, 3, doubled, buffer_size=50, strict=True)
     theirs.reset_state()
     wanted = [sorted(int(label) for _, label in theirs) for _ in range(2)]
     for thread in theirs._threads:
         thread.stop()
     for thread in theirs._threads:
         thread.join(HANG_SECONDS)
-    source = register(coordinator, dataflow.mapped(df, double), 7, num_workers=3, last_batch="keep")
-    for epoch in wanted:
-        coordinator.start()
-        assert sorted(row for batch in source for row in rows_seen(batch)) == epoch
-        coordinator.stop()
+    ours = dataflow.map(df, doubled, 3, fetchers=fetchers)
+    assert len(ours) == len(theirs) == 300
+    ours.reset_state()
+    assert [sorted(int(label) for _, label in ours) for _ in range(2)] == wanted
+    batches = tp.BatchData(tp.RepeatedData(ours, 2), 60)  # under its DataFlows
+    batches.reset_state()
+    labels = [int(label) for _, column in batches for label in column]
+    assert sorted(labels) == sorted(wanted[0] * 2)
+    assert labels[:300] != labels[300:], "it shuffles each time anew"
 
 
 RUNNER = """
@@ -129,9 +135,9 @@ def test_a_function_that_fails_in_a_worker_is_an_error_with_its_cause(coordinato
     def broken(point: Any) -> Any:
         raise OSError("disk gone")
 
-    fetch = dataflow.mapped(tp.DataFromList(data_points(300)), broken)
+    df = dataflow.map(tp.DataFromList(data_points(300)), broken, 3)
     with pytest.raises(iw.FetchFailed) as caught:
-        read(coordinator, fetch, num_workers=3)
+        read(coordinator, dataflow.fetch(df))
     assert isinstance(caught.value.__cause__, OSError)
 
 
