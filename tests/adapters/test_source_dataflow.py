@@ -142,7 +142,7 @@ def test_it_can_be_read_by_workers_again_and_by_devices(coordinator: iw.GlobalCo
     for name, flow in zip("ab", flows, strict=True):
         with pytest.raises(NotImplementedError, match="2 devices"):
             len(flow)
-        register(second, dataflow.mapped(flow), 3, name=name)
+        register(second, dataflow.fetch(lambda _, flow=flow: dataflow.map(flow, list)), 3, name=name)
     with second:
         seen = [int(number) for name in "ab" for batch in second[name] for number in batch.label]
     assert collections.Counter(seen) == dict.fromkeys(range(30), 1)
