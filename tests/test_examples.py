@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -22,10 +23,22 @@ def test_there_are_examples() -> None:
     assert {path.stem for path in EXAMPLES} >= set(SAYS)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[pathlib.Path, subprocess.CompletedProcess[str]]:
+    """Every example in an interpreter of its own, two at a time."""
+    folder = tmp_path_factory.mktemp("examples")
+
+    def run(path: pathlib.Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "error", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(EXAMPLES, pool.map(run, EXAMPLES), strict=True))
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_as_it_is(path: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    done = subprocess.run([sys.executable, "-W", "error", str(path)], capture_output=True, text=True, timeout=120, check=False,
-                          cwd=tmp_path)  # fmt: skip
+def test_an_example_runs_as_it_is(runs: dict[pathlib.Path, subprocess.CompletedProcess[str]], path: pathlib.Path) -> None:
+    done = runs[path]
     assert done.returncode == 0, done.stderr
     # TensorFlow greets on stderr, whatever it is told.
     assert not [line for line in done.stderr.splitlines() if "Warning:" in line or "Traceback" in line], done.stderr

@@ -23,8 +23,12 @@ __all__ = ["WorkerProcess", "refuse_fork_beside_threads"]
 
 
 def refuse_fork_beside_threads() -> None:
-    """Raise ConfigError if this process has other threads than the calling one."""
-    others = [thread.name for thread in threading.enumerate() if thread is not threading.current_thread()]
+    """Raise ConfigError if this process has other threads than the calling one.
+
+    What native code has made is not seen: Python knows of such a thread only if it has called Python once, and then for ever.
+    """
+    ours = [thread for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)]
+    others = [thread.name for thread in ours if thread is not threading.current_thread()]
     if others:
         raise ConfigError(
             f"start='fork' while threads run ({', '.join(others[:5])}): a lock that one of them holds would stay locked in "

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -20,15 +21,26 @@ def child(backend, *arguments):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
-@pytest.mark.parametrize(
-    ("backend", "fetchers", "checks"),
-    [("tensorflow", ["thread", "process"], 9), ("jax", ["thread"], 3), ("torch", ["process"], 7)],
-)
-def test_on_the_backend(backend, fetchers, checks):
-    with child(backend, *fetchers) as running:
-        out, errors = running.communicate(timeout=300)
-    assert running.returncode == 0, out + errors
-    assert len([line for line in out.splitlines() if line.startswith("ok")]) == checks
+FETCHERS = {"tensorflow": (["thread", "process"], 9), "jax": (["thread"], 3), "torch": (["process"], 7)}
+
+
+def run(backend):
+    with child(backend, *FETCHERS[backend][0]) as running:
+        return *running.communicate(timeout=300), running.returncode
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """All backends, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FETCHERS, pool.map(run, FETCHERS), strict=True))
+
+
+@pytest.mark.parametrize("backend", FETCHERS)
+def test_on_the_backend(runs, backend):
+    out, errors, returncode = runs[backend]
+    assert returncode == 0, out + errors
+    assert len([line for line in out.splitlines() if line.startswith("ok")]) == FETCHERS[backend][1]
 
 
 def test_ctrl_c_ends_fit_and_its_workers():

@@ -157,8 +157,8 @@ def test_it_is_a_dataloader_with_its_length_and_its_errors() -> None:
         loader(Everything(), shuffle=True, sampler=Eager())
     with pytest.raises(ValueError, match="prefetch_factor"):
         loader(Everything(), prefetch_factor=2)
-    with pytest.raises(iw.ConfigError, match="fetchers: got 'ray'; wanted 'thread'"):
-        loader(Everything(), fetchers="ray")
+    with pytest.raises(iw.ConfigError, match="fetchers: got 'fibre'; wanted 'thread'"):
+        loader(Everything(), fetchers="fibre")
 
 
 def test_batches_are_the_trainers_to_hold_and_to_write_to() -> None:
