@@ -17,6 +17,7 @@ from gates import await_true, register
 
 import input_workers as iw
 from input_workers import leases
+from input_workers.fetchers.fork_server import fork_server
 
 
 def blocks() -> set[str]:
@@ -178,6 +179,7 @@ def test_workers_of_a_plain_function_do_not_share_their_seeds(coordinator: iw.Gl
         return [np.array([random.random(), np.random.random(), torch_seed()])[None], np.array([worker_id])]
 
     done: list[bool] = []
+    fork_server.stop()  # another test may have had it import the real one, which is seeded by then
     source = register(coordinator, fetch, 1, num_workers=4, fetchers=iw.Processes(worker_init_fun=import_torch))
     coordinator.start()
     numbers = np.concatenate([batch.data for batch in source])
