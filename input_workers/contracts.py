@@ -46,6 +46,11 @@ class ArraySpec:
         if self.dtype.hasobject:
             raise SpecMismatch(f"ArraySpec: dtype {self.dtype} holds Python objects; wanted fixed-size values")
 
+    @classmethod
+    def of(cls, array: NDArray[Any], axis: int) -> ArraySpec:
+        """Return what one row of an array looks like, whose rows lie along `axis`."""
+        return cls(array.shape[:axis] + array.shape[axis + 1 :], array.dtype)
+
     def batch_shape(self, rows: int, axis: int) -> tuple[int, ...]:
         """Return the shape of `rows` rows with the batch axis at `axis`. Only where every side is known."""
         shape = self._known()
@@ -61,7 +66,7 @@ class ArraySpec:
         """Whether every side is known."""
         return None not in self.shape
 
-    def admits(self, shape: Sequence[int]) -> bool:
+    def admits(self, shape: Sequence[int | None]) -> bool:
         """Whether rows may have this shape."""
         sides = zip(self.shape, shape, strict=False)
         return len(shape) == len(self.shape) and all(wanted is None or wanted == got for wanted, got in sides)

@@ -149,17 +149,16 @@ class ChunkCheck:
             raise self._mismatch(f"got unequal numbers of rows, {shapes}", f"as many in each along axis {axes}")
         if request is not None and counts[0] != len(request.rows):
             raise self._mismatch(f"got {counts[0]} rows", f"exactly the {len(request.rows)} that were asked for")
-        row_shapes = [array.shape[:axis] + array.shape[axis + 1 :] for array, axis in zip(arrays, self.axes, strict=True)]
-        found = [ArraySpec(shape, array.dtype) for shape, array in zip(row_shapes, arrays, strict=True)]
+        found = [ArraySpec.of(array, axis) for array, axis in zip(arrays, self.axes, strict=True)]
         if book.specs is not None or counts[0]:
             specs = book.specs or book.learn(found)
-            for name, spec, array, shape in zip(names, specs, arrays, row_shapes, strict=True):
-                if array.dtype != spec.dtype or not spec.admits(shape):
+            for name, spec, got in zip(names, specs, found, strict=True):
+                if got.dtype != spec.dtype or not spec.admits(got.shape):
                     hint = ""
-                    if array.dtype == spec.dtype and len(shape) == len(spec.shape):
+                    if got.dtype == spec.dtype and len(got.shape) == len(spec.shape):
                         hint = " (shapes that change: specs= with None for such a side and rebatch=False, or pad_ragged=)"
                     wanted = f"{spec.dtype!r} with shape {spec.shape}, as given or as in the first chunk; nothing is ever cast"
-                    raise self._mismatch(f"input {name!r}: got rows of {array.dtype!r} with shape {shape}", wanted + hint)
+                    raise self._mismatch(f"input {name!r}: got rows of {got.dtype!r} with shape {got.shape}", wanted + hint)
         if counts[0] and all(spec.is_fixed for spec in book.known()):
             self._learn(book.known(), counts[0])
         return int(counts[0])

@@ -47,8 +47,7 @@ class Target:
         pool = self._pool
         if pool is not None and rows == pool.rows:
             return pool.lease()
-        shapes = [array.shape[:axis] + array.shape[axis + 1 :] for array, axis in zip(like, self._batch_axes, strict=True)]
-        specs = [ArraySpec(shape, array.dtype) for shape, array in zip(shapes, like, strict=True)]
+        specs = [ArraySpec.of(array, axis) for array, axis in zip(like, self._batch_axes, strict=True)]
         return SlotPool(specs, self._batch_axes, rows, 0, self._make_memory).lease()
 
     def close(self) -> None:

@@ -10,14 +10,13 @@ import numpy as np
 
 from input_workers.contracts import FetchRequest
 from input_workers.progress import Spans
+from input_workers.sources.mix import ENDLESS
 from input_workers.sources.stream import Stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["FedPlan", "FedStream"]
-
-ENDLESS = 1 << 62
 
 
 class FedStream(Stream):

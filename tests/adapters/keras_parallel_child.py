@@ -3,12 +3,12 @@
 import gc
 import os
 import sys
-import traceback
 
 import keras
 import numpy as np
 import psutil
 import pytest
+from keras_checks import make_checks
 
 import input_workers as iw
 
@@ -173,15 +173,7 @@ def main(fetchers):
         checks += [(check.__name__, check) for check in (
             an_epoch_has_every_batch_once_as_on_epoch_end_left_them, in_another_order_and_in_any_order,
         )]  # fmt: skip
-    failed = False
-    for name, check in checks:
-        try:
-            check()
-            print("ok", name, flush=True)  # noqa: T201
-        except BaseException:
-            failed = True
-            print("FAILED", name, traceback.format_exc(), flush=True)  # noqa: T201
-    sys.exit(failed)
+    make_checks(checks)
 
 
 if __name__ == "__main__":

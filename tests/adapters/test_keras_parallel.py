@@ -1,50 +1,33 @@
 """`adapters.keras.parallel`: a PyDataset whose batches our workers make."""
 
-import os
 import pathlib
 import signal
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from keras_checks import check_run, run_all, start
 
 import input_workers as iw
 
 CHILD = pathlib.Path(__file__).with_name("keras_parallel_child.py")
 
 
-def child(backend, *arguments):
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-W", "error::UserWarning", str(CHILD), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-FETCHERS = {"tensorflow": (["thread", "process"], 9), "jax": (["thread"], 3), "torch": (["process"], 7)}
-
-
-def run(backend):
-    with child(backend, *FETCHERS[backend][0]) as running:
-        return *running.communicate(timeout=300), running.returncode
+FETCHERS = {"tensorflow": ["thread", "process"], "jax": ["thread"], "torch": ["process"]}
+CHECKS = {"tensorflow": 9, "jax": 3, "torch": 7}
 
 
 @pytest.fixture(scope="module")
 def runs():
-    """All backends, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(FETCHERS, pool.map(run, FETCHERS), strict=True))
+    return run_all(CHILD, FETCHERS)
 
 
 @pytest.mark.parametrize("backend", FETCHERS)
 def test_on_the_backend(runs, backend):
-    out, errors, returncode = runs[backend]
-    assert returncode == 0, out + errors
-    assert len([line for line in out.splitlines() if line.startswith("ok")]) == FETCHERS[backend][1]
+    check_run(runs[backend], CHECKS[backend])
 
 
 def test_ctrl_c_ends_fit_and_its_workers():
-    with child("jax", "ctrl_c") as running:
+    with start(CHILD, "jax", "ctrl_c") as running:
         workers = [psutil.Process(int(pid)) for pid in running.stdout.readline().split()]
         assert len(workers) >= 3  # two, and the fork server
         running.send_signal(signal.SIGINT)

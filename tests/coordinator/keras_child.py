@@ -1,11 +1,11 @@
 """Scenarios for `epochs()`, run in a process of their own: Keras has one backend in each. Prints a line for each that holds."""
 
 import sys
-import traceback
 
 import keras
 import numpy as np
 import pytest
+from keras_checks import make_checks
 
 import input_workers as iw
 
@@ -175,15 +175,7 @@ def main(feeds):
         an_epoch_is_as_long_as_the_streams, it_validates_evaluates_and_predicts, inputs_by_name,
         a_source_that_ends_early_is_said_to, it_says_what_it_needs, fits_own_steps_use_every_batch_once,
     )]  # fmt: skip
-    failed = False
-    for name, check in checks:
-        try:
-            check()
-            print("ok", name, flush=True)  # noqa: T201
-        except BaseException:
-            failed = True
-            print("FAILED", name, traceback.format_exc(), flush=True)  # noqa: T201
-    sys.exit(failed)
+    make_checks(checks)
 
 
 if __name__ == "__main__":
