@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import keyword
 import math
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
@@ -20,7 +19,7 @@ from input_workers.errors import ConfigError, SpecMismatch
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["ArraySpec", "Chunk", "DeviceFeed", "FetchRequest", "FetcherBackend", "Part", "Slot", "Source", "batch_type"]
+__all__ = ["ArraySpec", "Chunk", "DeviceFeed", "FetchRequest", "Part", "Slot", "Source", "batch_type"]
 
 RESERVED_INPUT_NAMES = frozenset({"epoch", "valid_rows"})
 
@@ -222,47 +221,6 @@ class DeviceFeed(Protocol):
 
     def close(self) -> None:
         """Give back what `open` took. Called once after every `open`, when no `send` is running."""
-
-
-class FetcherBackend(Protocol):
-    """Runs the fetch loop in fetchers, whose number may change. What they share is handed in; see `fetchers/threads.py`, the
-    reference.
-
-    One that is released finishes its call, delivers it, and rests: it has not finished its data. It is at work again when
-    more are wanted, or when nobody else is at work and something may be left of what it was at. The data end when nobody is
-    at work then.
-    """
-
-    def start(self) -> None:
-        """Start every fetcher, or none: what was started is ended again when one cannot be."""
-
-    def add(self, new: Callable[[], Any]) -> bool:
-        """Have one more at work: one that rests, else a new one with the recorder that is made for it.
-
-        Returns:
-            False: there can be none, because some have finished their data, or the run has ended.
-
-        Raises:
-            OSError, RuntimeError: it cannot be started; all others go on.
-        """
-
-    def release(self, count: int) -> None:
-        """Ask so many to rest, but never the last one; those that came last first. It is not waited for."""
-
-    def at_work(self) -> Sequence[Any]:
-        """Return the recorders of those that are at work, also of those that were asked to rest: their `released` says so."""
-
-    def check_calls(self, now: float) -> float:
-        """Fail the source for a call that runs too long; return when to look again (`inf`: never)."""
-
-    def has_thread(self, thread: threading.Thread) -> bool:
-        """Whether this is one of the fetchers, which then must not wait for its own end."""
-
-    def shut_down(self) -> None:
-        """No more is wanted: have whatever can be ended from here end, without waiting for it. Idempotent."""
-
-    def join(self, deadline: float) -> list[tuple[str, str]]:
-        """Wait until the fetchers ended or `time.monotonic()` reached `deadline`; return (name, stack) of the rest."""
 
 
 def batch_type(name: str, input_names: Sequence[str]) -> type[Any]:

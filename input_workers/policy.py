@@ -126,7 +126,7 @@ class Quarantine:
         self._source = source
         self._policy = policy
         self._tried = tried
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._skipped = 0
         self._latest: collections.deque[QuarantinedRows] = collections.deque(maxlen=KEPT_IN_QUARANTINE)
         self._warned = self._complained = -math.inf
@@ -152,7 +152,8 @@ class Quarantine:
         """Account for `count` more. Raises TooManySkipped, from the error, if that is more than may be skipped."""
         most = self._policy.max_errors
         tried, calls = self._tried() if isinstance(most, float) else (0, 0)
-        tried += count  # these are not counted yet
+        if entry.request is not None:  # a failed call of a plain function was counted; rows are not yet
+            tried += count
         with self._lock:
             skipped = self._skipped + count
             if isinstance(most, float):

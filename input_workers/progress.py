@@ -104,9 +104,10 @@ class Progress:
         epoch_rows: returns the rows of an epoch.
         logs: one for each device.
         has_marks: an epoch is finished when every device was given its end mark, not when its rows are delivered.
+        ended: numbers of the devices that were given the end mark of `first` in an earlier run.
     """
 
-    # Invariant under _lock: every delivery is in `_done` or in a log (or both), or its epoch is before `_first`.
+    # Invariant under lock: every delivery is in `_done` or in a log (or both), or its epoch is before `_first`.
 
     def __init__(
         self,
@@ -115,18 +116,21 @@ class Progress:
         epoch_rows: Callable[[int], int],
         logs: Sequence[DeliveryLog],
         has_marks: bool,
+        ended: Sequence[int] = (),
     ) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()  # re-entrant, for a signal handler that stops the source
         self._first = first
         self._done: dict[int, Spans] = {epoch: list(spans) for epoch, spans in done.items()}
         self._epoch_rows = epoch_rows
         self._logs = logs
         self._marks = set(range(len(logs))) if has_marks else set()
         self._has_marks = has_marks
+        for number in ended:
+            add_span(self._done.setdefault(first, []), MARKS + number, MARKS + number + 1)
 
     def add(self, parts: Iterable[Part]) -> None:
         """These were delivered, or will never be."""
-        with self._lock:
+        with self.lock:
             for epoch, begin, stop in parts:
                 if epoch >= self._first:
                     add_span(self._done.setdefault(epoch, []), begin, stop)
@@ -134,7 +138,7 @@ class Progress:
 
     def drop_device(self, number: int) -> None:
         """This device was stopped: it will be given no end mark."""
-        with self._lock:
+        with self.lock:
             self._marks.discard(number)
 
     @property
@@ -142,10 +146,12 @@ class Progress:
         """How many batches were delivered in this run."""
         return sum(log.batches - log.taken_back for log in self._logs)
 
-    def at(self, delivered: int | None = None) -> tuple[int, dict[int, Spans]] | None:
-        """Return (first unfinished epoch, what was delivered of it and later ones) after so many batches of this run.
+    def at(self, delivered: int | None = None) -> tuple[int, dict[int, Spans], tuple[int, ...]] | None:
+        """Return what was delivered after this many batches of this run; by default: now.
 
-        None: that is too long ago, or has not been reached. By default: now.
+        Returns:
+            (first unfinished epoch, what was delivered of it and later ones, the devices that were given its end); None: that
+            is too long ago, or has not been reached.
         """
         # Read before `_done`: an entry may move there meanwhile, and is then in both.
         entries, batches = self._latest()
@@ -157,7 +163,7 @@ class Progress:
                 back -= entries.pop()[2]
             if back:
                 return None
-        with self._lock:
+        with self.lock:
             first = self._first
             done = {epoch: list(spans) for epoch, spans in self._done.items()}
             for _, parts, _ in entries:
@@ -165,10 +171,11 @@ class Progress:
                     if epoch >= first:
                         add_span(done.setdefault(epoch, []), begin, stop)
             first = self._forget_finished(first, done)
+        ended = _devices_of(done.get(first, []))
         for spans in done.values():
             while spans and spans[-1][0] >= MARKS:
                 spans.pop()
-        return first, {epoch: spans for epoch, spans in sorted(done.items()) if spans}
+        return first, {epoch: spans for epoch, spans in sorted(done.items()) if spans}, tuple(sorted(ended))
 
     def _latest(self) -> tuple[list[tuple[float, Sequence[Part], bool]], int]:
         """Return what the logs remember, the oldest first, and how many batches were delivered then."""
@@ -187,7 +194,12 @@ class Progress:
 
     def _is_finished(self, epoch: int, spans: Spans) -> bool:
         if self._has_marks:
-            marks = {number - MARKS for begin, stop in spans if begin >= MARKS for number in range(begin, stop)}
+            marks = _devices_of(spans)
             return bool(marks) and marks >= self._marks
         rows = self._epoch_rows(epoch)
         return not rows or spans[:1] == [(0, rows)]
+
+
+def _devices_of(spans: Spans) -> set[int]:
+    """Return the numbers of the devices whose end mark is among the spans."""
+    return {number - MARKS for begin, stop in spans if begin >= MARKS for number in range(begin, stop)}

@@ -108,9 +108,9 @@ class Delivered:
         return len(offsets) == self.rows
 
 
-def as_sets(at: tuple[int, dict[int, Spans]] | None) -> tuple[int, dict[int, set[int]]]:
+def as_sets(at: tuple[int, dict[int, Spans], tuple[int, ...]] | None) -> tuple[int, dict[int, set[int]]]:
     assert at is not None
-    first, done = at
+    first, done, _ = at
     assert all(spans and are_normal(spans) for spans in done.values())
     assert list(done) == sorted(done)
     return first, {epoch: members(spans) for epoch, spans in done.items()}
@@ -156,14 +156,14 @@ def test_a_stopped_device_is_not_waited_for() -> None:
     delivered.deliver(0, [(0, 0, 10)])
     delivered.mark(0, 0)
     delivered.mark(2, 0)
-    assert delivered.progress.at() == (0, {0: [(0, 10)]})
+    assert delivered.progress.at() == (0, {0: [(0, 10)]}, (0, 2))
     delivered.progress.drop_device(1)
-    assert delivered.progress.at() == (1, {})
+    assert delivered.progress.at() == (1, {}, ())
     delivered.deliver(2, [(1, 0, 4)])
     delivered.mark(2, 1)
-    assert delivered.progress.at() == (1, {1: [(0, 4)]})
+    assert delivered.progress.at() == (1, {1: [(0, 4)]}, (2,))
     delivered.progress.drop_device(0)
-    assert delivered.progress.at() == (2, {})
+    assert delivered.progress.at() == (2, {}, ())
 
 
 class Racing(DeliveryLog):
@@ -190,7 +190,7 @@ def test_a_position_of_batches_ago_holds_still_while_others_read() -> None:
     for count in range(200):
         delivered.deliver(count % 2, [(0, count, count + 1)])
     racing.meanwhile = lambda: [delivered.deliver(device, [(0, 200 + device, 201 + device)]) for device in (1, 0)]
-    assert delivered.progress.at(150) == (0, {0: [(0, 150)]})
+    assert delivered.progress.at(150) == (0, {0: [(0, 150)]}, ())
     assert racing.meanwhile is None
 
 

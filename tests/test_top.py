@@ -48,7 +48,7 @@ def test_once_prints_a_block_for_each_source(server, capsys):
     assert f"process {os.getpid()}, rank 5" in shown
     for wanted in ("train", "running", "rows/s, 1 batches", "rows fetched = 8 delivered", "1 alive", "none", "trainer"):
         assert wanted in shown, wanted
-    for what in ("state", "rate", "queues", "ledger", "waits", "workers", "errors", "verdict"):
+    for what in ("state", "rate", "queues", "ledger", "waits", "copying", "workers", "errors", "verdict"):
         assert shown.count(f" {what} ") >= 2, what
 
 
@@ -144,7 +144,10 @@ def test_waits_are_shares_of_the_time_between_two_frames(server):
     status = read_status(server.url)[0]
     later = json.loads(json.dumps(status))
     later["sources"]["train"]["consumer_wait_seconds"] += 1.5
-    assert "trainer 75%, fetchers 0%" in text_of(frame(later, status, 2.0))
+    later["sources"]["train"]["fetcher_copying_seconds"] += 0.5
+    shown = text_of(frame(later, status, 2.0))
+    assert "trainer 75%, fetchers 0%" in shown
+    assert "fetchers 25%" in shown
     assert "trainer 0.0 s" in text_of(frame({**status, "sources": {"x": {"state": "new"}}}))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from input_workers.adapters.buffer_tokens import BufferTokens, TokenReader
 from input_workers.errors import ConfigError, EndOfData, LifecycleError
 from input_workers.fetchers.frames import INLINE_BELOW_NBYTES
-from input_workers.fetchers.process_child import Worker
+from input_workers.fetchers.worker import Worker
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

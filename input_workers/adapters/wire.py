@@ -14,7 +14,7 @@ import cloudpickle
 import numpy as np
 
 from input_workers.fetchers.frames import INLINE_BELOW_NBYTES
-from input_workers.fetchers.process_child import Worker
+from input_workers.fetchers.worker import Worker
 from input_workers.leases import ALIGNMENT_BYTES
 
 if TYPE_CHECKING:

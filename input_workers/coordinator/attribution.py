@@ -1,4 +1,4 @@
-"""The counters of a source go in; who waited for whom in each of its windows comes out, with the verdict."""
+"""The windows of a source: who waited for whom, and the verdict on each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Literal
 
 from input_workers.coordinator.auto import AutoWorkers
 from input_workers.coordinator.settings import SourceSettings
-from input_workers.fetchers import Processes
 from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import WindowStats
 from input_workers.metrics.verdict import Setting, judge
 from input_workers.metrics.windows import Counters, window_of
+from input_workers.sources.stream import Stream
 
 __all__ = ["attribute"]
 
@@ -28,15 +28,33 @@ def attribute(
     recorder: SourceRecorder,
     state: Literal["starting", "running", "stopped"],
     slowest_part: str,
+    keeps_chunks: bool,
     now: Counters,
 ) -> tuple[Mapping[str, WindowStats], WindowStats]:
-    """Return the windows by name, and the one that says how the source is doing now."""
+    """Return the windows by name, and the one that says how the source is doing now.
+
+    Args:
+        settings: of the source.
+        workers: how many fetchers there should be; 0: the trainer's own thread makes the calls.
+        cores: that this process may use.
+        auto: what changes the number of workers, or None.
+        recorder: of the source.
+        state: of its run.
+        slowest_part: of the fetch function, as `timed` named it, or "".
+        keeps_chunks: every feed takes a chunk that is exactly a batch as it is.
+        now: the counters of this moment.
+    """
+    stream = settings.fetch_fun if isinstance(settings.fetch_fun, Stream) else None
     setting = Setting(
         state=state,
-        fetchers="inline" if not workers else "process" if isinstance(settings.fetchers, Processes) else "thread",
+        fetchers=settings.fetchers.kind if workers else "inline",
         workers=workers,
         devices=len(recorder.devices),
         cores=cores,
+        rebatch=settings.rebatch,
+        has_turns=settings.ordered or (stream is not None and stream.epoch_end == "break"),
+        is_stream=stream is not None,
+        keeps_chunks=keeps_chunks,
         held_by=auto.held_by if auto is not None else None,
         slowest_part=slowest_part,
     )

@@ -1,4 +1,4 @@
-"""num_workers="auto": a thread that looks at a source's counters twice a second, and has its fetchers become more or fewer."""
+"""num_workers="auto": a thread that looks at a source's counters twice a second, and adds or releases fetchers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from input_workers.contracts import FetcherBackend
-from input_workers.coordinator.settings import SourceSettings
+from input_workers.coordinator.fetch_side import SourceParts
 from input_workers.cores import usable_cores
 from input_workers.errors import Failure, SourceFailed, describe
-from input_workers.fetchers import Processes
-from input_workers.fetchers.chunk_check import SpecBook
+from input_workers.fetchers.fetcher import Fetcher
+from input_workers.fetchers.threads import ThreadFetchers
 from input_workers.lifecycle import StopSignal
 from input_workers.metrics.fetcher_recorder import FetcherRecorder
-from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.verdict import Setting
 from input_workers.metrics.windows import Counters
 from input_workers.metrics.worker_count import DECISION_SECONDS, WorkerCount
@@ -29,15 +27,11 @@ class AutoWorkers:
     """Adds and releases the fetchers of a run.
 
     Args:
-        settings: of the source.
+        parts: of the source; the ids of new workers are appended to them.
         workers: how many fetchers are at work at first.
         backend: has them.
-        recorder: of the source.
-        book: its specs.
-        worker_ids: of the source's fetchers; those of new ones are appended.
-        new_worker_id: returns an id that nobody has.
-        resized: told the number when it has changed.
         signal: says that the run ends.
+        resized: told the number when it has changed.
         on_end: called in the thread when it ends.
 
     Attributes:
@@ -48,33 +42,27 @@ class AutoWorkers:
 
     def __init__(
         self,
-        settings: SourceSettings,
+        parts: SourceParts,
         workers: int,
-        backend: FetcherBackend,
-        recorder: SourceRecorder,
-        book: SpecBook,
-        worker_ids: list[int],
-        new_worker_id: Callable[[], int],
-        resized: Callable[[int], object],
+        backend: ThreadFetchers,
         signal: StopSignal,
+        resized: Callable[[int], object],
         on_end: Callable[[], object],
     ) -> None:
         self.workers = workers
         self.changed: Counters | None = None
+        settings = self._settings = parts.settings
         self.thread = threading.Thread(target=self._run, name=f"auto-{settings.name}", daemon=True)
-        self._settings = settings
+        self._parts = parts
         self._backend = backend
-        self._recorder = recorder
-        self._book = book
-        self._worker_ids = worker_ids
-        self._new_worker_id = new_worker_id
+        self._recorder = parts.recorder
+        self._book = parts.book
         self._resized = resized
         self._signal = signal
         self._on_end = on_end
         self._count = WorkerCount(settings.fetchers.min_workers)
-        self._added: list[tuple[FetcherRecorder, int]] = []  # the last ones, and the rows that each had fetched then
-        self._refused: tuple[int, str] | None = None  # more than so many could not be started, or may not be: why
-        self._is_process = isinstance(settings.fetchers, Processes)
+        self._added: list[tuple[Fetcher, int]] = []  # the last ones, and the rows that each had fetched then
+        self._refused: tuple[int, str] | None = None  # more than this many could not be started, or may not be: why
 
     @property
     def held_by(self) -> str:
@@ -100,13 +88,13 @@ class AutoWorkers:
             return
         reading = self._recorder.read(now)
         setting = Setting(
-            fetchers="process" if self._is_process else "thread",
+            fetchers=self._settings.fetchers.kind,
             workers=staying,
             devices=len(self._recorder.devices),
             cores=usable_cores(),
             held_by="",
         )
-        ready = all(fetcher.rows > rows for fetcher, rows in self._added)
+        ready = all(fetcher.recorder.rows > rows for fetcher, rows in self._added)
         most, by = self._most(reading)
         wanted = self._count.next(reading, staying, ready, most, by, setting)
         if wanted < staying:
@@ -114,7 +102,7 @@ class AutoWorkers:
             self._changed(wanted, [], reading)
         elif wanted > staying:
             self._grow(staying, min(wanted, most - leaving))
-            added = [(each, each.rows) for each in self._backend.at_work() if each not in there]
+            added = [(each, each.recorder.rows) for each in self._backend.at_work() if each not in there]
             if added:
                 self._changed(staying + len(added), added, reading)
 
@@ -146,11 +134,11 @@ class AutoWorkers:
             log.warning("source %r: more than %d workers cannot be started: %s", self._settings.name, workers, describe(error))
 
     def _new(self) -> FetcherRecorder:
-        worker_id = self._new_worker_id()
-        self._worker_ids.append(worker_id)
+        worker_id = self._parts.new_worker_id()
+        self._parts.worker_ids.append(worker_id)
         return self._recorder.fetcher(worker_id)
 
-    def _changed(self, workers: int, added: list[tuple[FetcherRecorder, int]], reading: Counters) -> None:
+    def _changed(self, workers: int, added: list[tuple[Fetcher, int]], reading: Counters) -> None:
         self.workers = workers
         self.changed = reading
         self._added = added

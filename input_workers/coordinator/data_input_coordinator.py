@@ -258,10 +258,11 @@ class DataInputCoordinator:
         """Record what every thread of the source does in the next seconds, into a file for https://ui.perfetto.dev.
 
         It returns at once and ends by itself, so the trainer may call it and go on. The file then shows, side by side: each
-        fetcher in its calls, with the parts that `timed` names, without data, or waiting for room; the enqueuer filling,
-        waiting, and in the feed's send; the trainer waiting, and training from one batch to the next; and how many batches
-        were in each queue. Worker processes have their own rows, and the times of their own clock; their parts begin with
-        the second call after the trace did. With `num_workers=0` the rows are roles of the trainer's one thread.
+        fetcher in its calls, with the parts that `timed` names, copying its rows into batches, with the waits for room
+        inside, or without data; the enqueuer waiting for rows or for room on a device, and in the feed's send; the trainer
+        waiting, and training from one batch to the next; and how many batches are being filled and are on each device.
+        Worker processes have their own rows, and the times of their own clock; their parts begin with the second call after
+        the trace did. With `num_workers=0` the calls on the fetcher's row are made by the trainer's thread while it waits.
 
         While it runs, it takes about a microsecond an event. A trace of 200,000 events (60 MB at most) ends early and says so.
         It also ends, with what there is, when the source does.

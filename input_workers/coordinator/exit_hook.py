@@ -31,7 +31,7 @@ class LiveRun(Protocol):
 
 # Invariant under _lock: every run with a living thread is in _runs. Held strongly: a dropped run with threads inside
 # native code aborted the interpreter at exit.
-_lock = threading.Lock()
+_lock = threading.RLock()
 _runs: set[LiveRun] = set()
 
 
@@ -62,7 +62,7 @@ def _stop_all() -> None:
 def _after_fork_in_child() -> None:
     # The threads are the parent's, and a lock may be held by one of them: nothing here may be waited for.
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     for run in list(_runs):
         run.forked = True
     _runs.clear()

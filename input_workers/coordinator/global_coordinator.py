@@ -21,7 +21,7 @@ from input_workers.coordinator.state_of_all import load_all, state_of_all
 from input_workers.coordinator.tracing import Tracing
 from input_workers.errors import ConfigError, LifecycleError
 from input_workers.feeds import Feed
-from input_workers.lifecycle import State
+from input_workers.lifecycle import State, released
 from input_workers.metrics.snapshot import SourceStats, StopReport, StuckThread
 
 __all__ = ["GlobalCoordinator"]
@@ -52,6 +52,7 @@ class GlobalCoordinator:
 
     def add(self, settings: SourceSettings, device: DeviceSettings, num_workers: int | Literal["auto"]) -> DataInputCoordinator:
         """Register a source, or a further device of one; see `init_data_input_workers`."""
+        self._begin_anew_in_child()
         with self._changed:
             known = self._sources.get(settings.name)
             if known is None:
@@ -85,7 +86,8 @@ class GlobalCoordinator:
             LifecycleError: called by an init function.
             Exception: what an init function raised, or what starting a thread did; nothing runs then.
         """
-        me = self._nobody_but_me()
+        self._begin_anew_in_child()
+        me = self._claimant()
         try:
             before = self._claim(State.STARTING, math.inf, me)
             if before is None:
@@ -96,11 +98,13 @@ class GlobalCoordinator:
             new = [pair for pair in chosen if not pair[1].initialised]
             try:
                 for _, core in chosen:
-                    core.prepare()
+                    core.make_feeds()
                 for handle, core in new:
                     if core.settings.init_fun is not None:
                         core.settings.init_fun(handle, self)
                     core.initialised = True
+                for _, core in chosen:  # what an init function has loaded or reset counts
+                    core.build()
                 for _, core in chosen:
                     core.start()
                 self._start_log([core for _, core in chosen], first=before is not State.RUNNING)
@@ -111,9 +115,10 @@ class GlobalCoordinator:
                     core.initialised = False
                 for _, core in chosen:
                     core.abort()
-                deadline = time.monotonic() + UNDO_SECONDS
+                deadline = time.monotonic() + 5.0  # for the threads that were started
                 for _, core in chosen:
                     core.join(deadline)
+                    core.not_started()
                 if before is not State.RUNNING and self._log is not None:
                     self._log.request_stop()
                     self._log.join(deadline)
@@ -144,7 +149,6 @@ class GlobalCoordinator:
                 self._log_finalizer.detach()  # or each start would leave one behind
             self._log_finalizer = weakref.finalize(self, self._log.request_stop)
             self._log_finalizer.atexit = False
-            self._pid = os.getpid()
         self._logged += [core for core in cores if core not in self._logged]
 
     def stop(self, timeout_s: float = 5.0) -> bool:
@@ -156,11 +160,10 @@ class GlobalCoordinator:
         Raises:
             LifecycleError: called by an init function.
         """
-        if os.getpid() != self._pid:
-            return True  # forked: the threads, and whatever locks they held, are the parent's
+        self._begin_anew_in_child()
         started = time.monotonic()
         deadline = started + timeout_s
-        me = self._nobody_but_me()
+        me = self._claimant()
         try:
             before = self._claim(State.STOPPING, timeout_s, me)
             if before is None:
@@ -186,7 +189,8 @@ class GlobalCoordinator:
             if self._log is not None:
                 self._log.request_stop()
                 deadline = max(deadline, time.monotonic() + LAST_CALL_SECONDS)
-                stuck += tuple(StuckThread(*each) for each in self._log.join(deadline))
+                with released([lock for _, core in self._copy() for lock in core.locks()]):
+                    stuck += tuple(StuckThread(*each) for each in self._log.join(deadline))
             self.last_stop = StopReport(
                 ended=not stuck,
                 stuck=stuck,
@@ -205,11 +209,21 @@ class GlobalCoordinator:
                 self._owner = None
                 self._notify()
 
-    def _nobody_but_me(self) -> int:
+    def _begin_anew_in_child(self) -> None:
+        """In a process that was forked from ours: the threads, and the locks that they held, are the parent's."""
+        if os.getpid() != self._pid:
+            self._pid, self._changed = os.getpid(), threading.Condition()
+            self._state, self._owner, self._before = State.NEW, None, State.NEW
+            self._log, self._log_finalizer, self._logged = None, None, []
+
+    def _claimant(self) -> int:
         """Return the caller's thread. Raises LifecycleError if it is starting or stopping this coordinator already."""
         me = threading.get_ident()
         if self._owner == me:
-            raise LifecycleError(f"a start or stop while {self._state.value}: not from an init function")
+            raise LifecycleError(
+                f"a start or stop while {self._state.value}: not from an init function, nor from a signal handler that has "
+                "interrupted one; set a flag there"
+            )
         return me
 
     def _claim(self, state: State, timeout_s: float, me: int) -> State | None:
@@ -257,6 +271,9 @@ class GlobalCoordinator:
     def __len__(self) -> int:
         return len(self._sources)
 
+    def __bool__(self) -> bool:
+        return True  # also without a source: `coordinator or iw.GlobalCoordinator()` keeps the one that was given
+
     def get_new_worker_id(self) -> int:
         """Return a worker id that nobody has."""
         return next(self._worker_ids)
@@ -270,16 +287,20 @@ class GlobalCoordinator:
         return {core.settings.name: core.stats() for _, core in self._copy()}
 
     def reset_data_input(self, name_scope: str, name: str, feed: Feed, batch_size: int) -> None:
-        """Let a device of a source have another feed or batch size, from the next slot that is begun."""
+        """Let a device of a source have another feed or batch size, from the next batch that is laid out.
+
+        Raises ConfigError, and changes nothing: there is no such device, or its feed cannot be made.
+        """
         known = self._sources.get(name)
         if known is None or known[1].device_name(name_scope) not in known[1].devices:
             raise ConfigError(f"reset_data_input: no device {name_scope!r} of a source {name!r}; there are {self._keys()}")
         core = known[1]
         device = DeviceSettings.checked(name_scope, feed, batch_size, core.settings.batch_axes)
+        made = device.make_feed()  # first, and without a lock: it may take long to import a framework, or fail
         with self._changed:
             core.devices[core.device_name(name_scope)] = device
-            if core.run is not None:
-                core.run.retarget(core.device_name(name_scope), device)
+            if core.run is not None and core.is_running:
+                core.run.retarget(core.device_name(name_scope), device, made)
 
     def trace(self, path: str | os.PathLike[str], seconds: float = 5.0) -> Tracing:
         """Record every source that runs into one file; see `DataInputCoordinator.trace`."""
@@ -327,7 +348,3 @@ class GlobalCoordinator:
 
     def __repr__(self) -> str:
         return f"<GlobalCoordinator {self._state.value}: {', '.join(self._keys()) or 'no source'}>"
-
-
-# How long a start that failed waits for the threads it has started.
-UNDO_SECONDS = 5.0

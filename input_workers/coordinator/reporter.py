@@ -1,4 +1,4 @@
-"""Numbers of a source go in, log lines and calls of external loggers come out, every 60 s and at stop."""
+"""Log lines and calls of external loggers with the numbers of a source, every 60 s and at stop."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def log_line(core: SourceCore) -> None:
     stats = core.stats()
     window = stats.windows["run" if stats.verdict in ("starting", "stopped") else "60s"]
     log.info(
-        "source %r: %.1f inputs/sec, queue depth %.1f batches, %s; %s: %s",
+        "source %r: %.1f inputs/sec, %.1f batches not sent yet, %s; %s: %s",
         core.settings.name,
         stats.inputs_per_second,
         stats.queue_depth,

@@ -6,51 +6,40 @@ and its run ends.
 
 from __future__ import annotations
 
-import math
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from input_workers.contracts import ArraySpec, FetcherBackend
+from input_workers.contracts import ArraySpec, DeviceFeed
 from input_workers.coordinator import exit_hook
 from input_workers.coordinator.auto import AutoWorkers
-from input_workers.coordinator.fetch_side import FetchSide
-from input_workers.coordinator.inline import InlineFetcher
-from input_workers.coordinator.settings import DeviceSettings, SourceSettings
+from input_workers.coordinator.fetch_side import FetchSide, SourceParts
+from input_workers.coordinator.settings import DeviceSettings
 from input_workers.cores import usable_cores
-from input_workers.errors import EndOfData, Failure, LifecycleError, QueueClosed
-from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
-from input_workers.fetchers.processes import ProcessFetchers
-from input_workers.fetchers.threads import join_threads
+from input_workers.errors import EndOfData, Failure, LifecycleError, QueueClosed, SourceFailed, WaitTimeout
+from input_workers.fetchers.inline import InlineFetchers
+from input_workers.fetchers.threads import ThreadFetchers, join_threads
 from input_workers.flow.device import Device, Target
 from input_workers.flow.device_queue import DeviceQueue
 from input_workers.flow.enqueuer import Enqueuer
 from input_workers.lifecycle import StopSignal
-from input_workers.metrics.recorder import SourceRecorder
 from input_workers.metrics.snapshot import StuckThread
 from input_workers.metrics.windows import Marks
-from input_workers.policy import Quarantine
 from input_workers.sources.state import Position
 
 __all__ = ["Run"]
 
 
 class Run:
-    """Wires the parts of a source with callables, and starts and ends them.
+    """Wires the parts of a source, and starts and ends them.
 
     Args:
-        settings: of the source.
-        devices: where to deliver, by name.
-        worker_ids: one for each fetcher; none: everything runs in the trainer's thread. "auto" appends to them.
-        working: how many of these begin; the others rest at first.
-        new_worker_id: returns an id that nobody has.
-        book: the specs of the source, kept from run to run.
-        recorder: of the source, kept from run to run.
-        make_batch: builds what the trainer gets.
-        quarantine: of the source, kept from run to run.
+        parts: what the source keeps from run to run.
+        devices: where to deliver, with the feeds that were made for them, by name.
+        workers: how many fetchers are at work at first; the others rest.
         position: where a Stream begins.
     """
 
@@ -59,120 +48,79 @@ class Run:
 
     def __init__(
         self,
-        settings: SourceSettings,
-        devices: Mapping[str, DeviceSettings],
-        worker_ids: list[int],
-        working: int,
-        new_worker_id: Callable[[], int],
-        book: SpecBook,
-        recorder: SourceRecorder,
-        make_batch: Callable[[Sequence[Any]], Any],
-        quarantine: Quarantine,
+        parts: SourceParts,
+        devices: Mapping[str, tuple[DeviceSettings, DeviceFeed]],
+        workers: int,
         position: Position,
     ) -> None:
+        settings = self.settings = parts.settings
+        self.parts = parts
         self.forked = False
         self.cores = 1.0
         self.started = time.monotonic()
-        self.settings = settings
-        self.recorder = recorder
-        self.book = book
-        self._lock = threading.Lock()
+        self.recorder = parts.recorder
+        self.book = parts.book
+        self._lock = threading.RLock()
         self._closed = False
         self.signal = StopSignal(queue.SimpleQueue())
-        batch_size = max(device.batch_size for device in devices.values())
-        inline = not worker_ids
-        self._worker_ids = worker_ids
-        self.fetching = FetchSide(settings, working, batch_size, book, recorder, self.signal, quarantine, position)
-        self.chunks = self.fetching.chunks
+        batch_size = max(device.batch_size for device, _ in devices.values())
+        self.is_inline = not parts.worker_ids
+        self.fetching = FetchSide(parts, workers, batch_size, self.signal, position)
+        self.assembly = self.fetching.assembly
         self.signal.close_input = self._close_input
         self.devices = {
-            name: self._device(number, name, device, make_batch, inline)
-            for number, (name, device) in enumerate(devices.items())
+            name: self._device(number, name, device, feed) for number, (name, (device, feed)) in enumerate(devices.items())
         }
         progress = self.fetching.follow([device.queue.log for device in self.devices.values()])
+        ended = self.fetching.ended_devices(len(self.devices))
         for each in self.devices.values():
             each.queue.progress = progress
-        recorders = [recorder.fetcher(worker_id) for worker_id in worker_ids or [0]]
-        self._fetcher_recorders, resting = (recorders, []) if inline else (recorders[:working], recorders[working:])
-        self._fetchers: FetcherBackend | None = None
+            each.sits_out = each.number in ended
+        devices_in_order = list(self.devices.values())
         self.enqueuer = Enqueuer(
-            settings.name,
-            self.chunks,
-            list(self.devices.values()),
-            batch_axes=settings.batch_axes,
-            specs=book.known,
-            last_batch=settings.last_batch,
-            rebatch=settings.rebatch,
-            has_epochs=self.fetching.keeps_epochs,
-            signal=self.signal,
-            recorder=recorder,
-            check_calls=self._check_calls,
+            self.fetching.rules, self.assembly, devices_in_order, lambda: self.book.specs, self.signal, self.recorder
         )
-        self._inline: InlineFetcher | None = None
-        if inline:
-            self._inline = InlineFetcher(
-                settings.name,
-                self.fetching.calls,
-                ChunkCheck(book),
-                self.chunks,
-                self.enqueuer,
-                self.signal,
-                self._fetcher_recorders[0],
-                self.fetching.recovery,
-                self.fetching.nothing_left,
-            )
-        else:
-            self._fetchers = self.fetching.backend(self._fetcher_recorders, resting, self._input_ended)
+        self._fetchers = self._make_fetchers(workers)
         self._thread = threading.Thread(target=self._enqueue, name=f"enqueuer-{settings.name}", daemon=True)
         self.auto: AutoWorkers | None = None
-        if settings.num_workers == "auto" and self._fetchers is not None:
-            self.auto = AutoWorkers(
-                settings,
-                working,
-                self._fetchers,
-                recorder,
-                book,
-                worker_ids,
-                new_worker_id,
-                self.fetching.resize,
-                self.signal,
-                self._thread_ended,
-            )
+        if settings.num_workers == "auto":
+            self.auto = AutoWorkers(parts, workers, self._fetchers, self.signal, self.fetching.resize, self._thread_ended)
         self._threads_left = 2 if self.auto is None else 3
         self._marks: Marks | None = None
 
-    def _device(
-        self, number: int, name: str, device: DeviceSettings, make_batch: Callable[[Sequence[Any]], Any], inline: bool
-    ) -> Device:
-        depth = self.settings.device_queue_depth
-        return Device(
-            name,
-            # In the trainer's own thread nobody could wait for room.
-            DeviceQueue(sys.maxsize if inline else depth, self.signal.wake, self.recorder.devices[name]),
-            Target(device.make_feed(), device.batch_size),
-            make_batch,
-            self.settings.batch_axes,
-            self._receive_failed,
-            # Free slots kept: what the queue holds, one in the trainer's hands, one in the making.
-            keep_slots=depth + 2,
-            number=number,
-        )
+    def _make_fetchers(self, workers: int) -> ThreadFetchers:
+        """Return what runs the fetchers. Raises ConfigError: the function cannot be sent to processes."""
+        parts, context = self.parts, self.fetching.context
+        recorders = [self.recorder.fetcher(worker_id) for worker_id in parts.worker_ids or [0]]
+        if self.is_inline:
+            fetchers = InlineFetchers(context, recorders[0], self._input_ended, self._nudge, self.assembly.await_sent)
+            for device in self.devices.values():
+                device.queue.serve = fetchers.calls.serve
+            return fetchers
+        return self.settings.fetchers.make_backend(context, recorders[:workers], recorders[workers:], self._input_ended)
+
+    def _device(self, number: int, name: str, device: DeviceSettings, feed: DeviceFeed) -> Device:
+        # With num_workers=0 no batch is made ahead of a trainer, and one must not wait for room on another device.
+        depth = sys.maxsize if self.is_inline else self.settings.device_queue_depth
+        queue_of_device = DeviceQueue(depth, self.signal.wake, self.recorder.devices[name])
+        return Device(name, number, queue_of_device, self._target(device, feed), self.parts.make_batch, self._receive_failed)
+
+    def _target(self, device: DeviceSettings, feed: DeviceFeed) -> Target:
+        # Free slots that are kept: what the window and the queue hold, one in the trainer's hands, one that is being sent.
+        keep_slots = self.settings.max_buffered_batches + self.settings.device_queue_depth + 2
+        return Target(feed, device.batch_size, self.settings.batch_axes, keep_slots)
 
     @property
     def workers(self) -> int:
         """How many fetchers there should be."""
-        return len(self._worker_ids) if self.auto is None else self.auto.workers
+        return len(self.parts.worker_ids) if self.auto is None else self.auto.workers
 
     def start(self) -> None:
         """Start every thread, or none. Raises what starting a thread raises, after undoing what was started."""
-        self.book.begin()
-        now = time.monotonic()
-        self.recorder.has_enqueuer = self._fetchers is not None
-        self._marks = self.recorder.begin(now)
-        if self._fetchers is None:
-            inline = self._fetcher_recorders[0]
-            inline.worked = inline.worked[0], now
+        if self.signal.stopping:  # stopped before it was started
             return
+        self.book.begin()
+        self._marks = self.recorder.begin(time.monotonic())
         exit_hook.remember(self)
         try:
             self._fetchers.start()  # first: worker processes may be forked as long as there are no threads
@@ -192,19 +140,14 @@ class Run:
             raise LifecycleError(
                 f"source {self.settings.name!r}: this process was forked from the one that reads it; make a source of its own"
             )
-        if self._inline is not None:
-            self._inline.provide(device.queue, timeout_s)
-            if self.signal.ended.is_set():
-                self._end_windows()
-            timeout_s = 0.0
         return device.next_batch(timeout_s, as_numpy)
 
     def await_specs(self, timeout_s: float) -> tuple[ArraySpec, ...]:
         """Return the specs, waiting for the first chunk; see `DataInputCoordinator.specs`."""
-        if self._inline is not None:
-            self._inline.provide(next(iter(self.devices.values())).queue, timeout_s)
-            timeout_s = 0.0
         try:
+            if self.is_inline and self.book.specs is None:
+                self._make_first_batch(timeout_s)
+                timeout_s = 0.0
             return self.book.wait(timeout_s)
         except EndOfData:
             if self.signal.failure is not None:
@@ -212,6 +155,14 @@ class Run:
             if self.signal.stopping:
                 raise self._stopped() from None
             raise
+
+    def _make_first_batch(self, timeout_s: float) -> None:
+        """With num_workers=0: have calls made until there is a batch. What ends that is told when the specs are asked for."""
+        device = next(iter(self.devices.values()))
+        try:
+            device.queue.put_back(device.queue.get(timeout_s, device.name))
+        except (EndOfData, SourceFailed, QueueClosed, WaitTimeout):
+            pass
 
     def stop_device(self, name: str) -> None:
         """Take a device out of the rotation; with the last one, the run ends."""
@@ -221,17 +172,17 @@ class Run:
             self.fetching.progress.drop_device(device.number)
         if all(device.queue.ended for device in self.devices.values()):
             self.request_stop()
+        self.enqueuer.lay_out_anew()
 
-    def retarget(self, name: str, device: DeviceSettings) -> None:
-        """Let the next slot that is begun for this device have another feed or batch size."""
-        self.devices[name].target = Target(device.make_feed(), device.batch_size)
-        largest = max(each.target.batch_size for each in self.devices.values())
-        self.fetching.retarget(largest)
-        self.signal.wake.put(None)  # what waits may be a batch now
+    def retarget(self, name: str, device: DeviceSettings, feed: DeviceFeed) -> None:
+        """Let the next batch that is laid out for this device have another feed or batch size."""
+        self.devices[name].replace_target(self._target(device, feed))
+        self.fetching.set_batch_size(max(each.target.batch_size for each in self.devices.values()))
+        self.enqueuer.lay_out_anew()
 
     def has_thread(self, thread: threading.Thread) -> bool:
         """Whether a stop waits for this thread."""
-        return thread is self._thread or (self._fetchers is not None and self._fetchers.has_thread(thread))
+        return thread is self._thread or self._fetchers.has_thread(thread)
 
     def request_stop(self) -> None:
         """Ask every thread to end. Takes no lock: a finalizer calls it."""
@@ -244,11 +195,12 @@ class Run:
         self.signal.request_stop()
         self._end_windows()
         self.fetching.close()
-        self.recorder.drop("stopped", self.chunks.abort())
+        self.recorder.drop("stopped", self.assembly.abort())
+        for failure in self.assembly.take_failures():  # a stop does not hide them
+            self.signal.fail(failure)
         self.book.end()
         self.signal.ended.set()
-        if self._fetchers is not None:
-            self._fetchers.shut_down()
+        self._fetchers.shut_down()
         for device in self.devices.values():
             self._abort_device(device)
 
@@ -257,11 +209,9 @@ class Run:
         if self.forked:
             return (), ()
         self.abort()
-        backend = self._inline if self._inline is not None else self._fetchers
-        assert backend is not None  # noqa: S101  one of them fetches
         adding = [self.auto.thread] if self.auto is not None and self.auto.thread.ident is not None else []
         stuck = join_threads(adding, deadline)  # first: nobody is added any more
-        stuck += backend.join(deadline)
+        stuck += self._fetchers.join(deadline)
         if self._thread.ident is not None:
             stuck += join_threads([self._thread], deadline)
         wrong: list[str] = []
@@ -273,6 +223,15 @@ class Run:
                 wrong += [f"{device.name}: its feed could not be closed: {error!r}" for error in device.close()]
             exit_hook.forget(self)
         return tuple(StuckThread(name, stack) for name, stack in stuck), tuple(wrong)
+
+    def locks(self) -> list[Any]:
+        """Return the re-entrant locks in which a trainer's thread may be when a signal handler interrupts it."""
+        locks = [self.signal.lock, self.recorder.lock, *(device.queue.lock for device in self.devices.values())]
+        if self.fetching.progress is not None:
+            locks.append(self.fetching.progress.lock)
+        if isinstance(self._fetchers, InlineFetchers):
+            locks.append(self._fetchers.calls.lock)
+        return locks
 
     def _abort_device(self, device: Device) -> None:
         self.recorder.drop("stopped", device.queue.abort(self._stopped))
@@ -294,12 +253,14 @@ class Run:
     @property
     def block_bytes(self) -> int:
         """The shared memory of chunks from worker processes; 0 with threads."""
-        return self._fetchers.block_bytes if isinstance(self._fetchers, ProcessFetchers) else 0
+        return self._fetchers.block_bytes
 
     def _close_input(self) -> None:
         """No chunk will be taken any more."""
         self.fetching.close()
-        self.chunks.close()
+        error = self.assembly.close()
+        if error is not None:
+            self.signal.fail(Failure(SourceFailed, f"source {self.settings.name!r}: rows could not be copied", error))
         self.book.end()
 
     def _input_ended(self) -> None:
@@ -330,5 +291,7 @@ class Run:
         self.recorder.drop("device_error", rows)
         self.signal.fail(failure)
 
-    def _check_calls(self, now: float) -> float:
-        return self._fetchers.check_calls(now) if self._fetchers is not None else math.inf
+    def _nudge(self) -> None:
+        """Let every trainer that waits look again."""
+        for device in self.devices.values():
+            device.queue.nudge()

@@ -13,7 +13,7 @@ from input_workers.cores import usable_cores
 from input_workers.errors import ConfigError
 from input_workers.feeds import Feed, feed_maker
 from input_workers.fetchers import MAX_WORKERS, Processes, Threads, chosen_fetchers
-from input_workers.flow.enqueuer import LastBatch
+from input_workers.flow.batches import LastBatch
 from input_workers.policy import ErrorPolicy
 from input_workers.sources.stream import Stream
 
@@ -103,6 +103,13 @@ class SourceSettings:
             if not callable(getattr(logger, "log", None)):
                 raise ConfigError(f"external_loggers: {type(logger).__qualname__} has no method log(metrics)")
         chosen = chosen_fetchers(fetchers)
+        if num_workers == 0:
+            given = "fetch_timeout_s" if fetch_timeout_s is not None else chosen.option_for_workers
+            if given is not None:
+                raise ConfigError(
+                    f"{given} cannot be kept with num_workers=0, where the trainer's own thread makes the calls; leave it out, "
+                    "or use num_workers=1"
+                )
         if last_batch not in get_args(LastBatch):
             raise ConfigError(f"last_batch: got {last_batch!r}; wanted one of {', '.join(get_args(LastBatch))}")
         if not rebatch and last_batch != "drop":

@@ -9,14 +9,16 @@ from types import MappingProxyType
 from typing import Any
 
 from input_workers.checks import check_whole
-from input_workers.contracts import ArraySpec, batch_type
+from input_workers.contracts import ArraySpec, DeviceFeed, batch_type
 from input_workers.coordinator.attribution import attribute
+from input_workers.coordinator.fetch_side import SourceParts
 from input_workers.coordinator.reporter import LoggerFeed, Ticker
 from input_workers.coordinator.run import Run
 from input_workers.coordinator.settings import DeviceSettings, SourceSettings
 from input_workers.coordinator.tracing import Tracing
 from input_workers.errors import ConfigError, LifecycleError, StateMismatch
 from input_workers.fetchers.chunk_check import SpecBook
+from input_workers.lifecycle import refuse_inside, released
 from input_workers.metrics.device_recorder import DeviceRecorder
 from input_workers.metrics.fetcher_recorder import FetcherRecorder, waited
 from input_workers.metrics.histogram import BUCKETS_SECONDS, Histogram
@@ -42,7 +44,6 @@ class SourceCore:
 
     def __init__(self, settings: SourceSettings, new_worker_id: Callable[[], int]) -> None:
         self.settings = settings
-        self._new_worker_id = new_worker_id
         self.devices: dict[str, DeviceSettings] = {}
         self.worker_ids: list[int] = []
         self.device_recorders: dict[str, DeviceRecorder] = {}
@@ -52,14 +53,18 @@ class SourceCore:
             self.book.learn(settings.specs)
         self.make_batch: Callable[[Sequence[Any]], Any] = batch_type(settings.name, settings.input_names)._make
         self.quarantine = Quarantine(settings.name, settings.on_error, self._tried)
+        self._parts = SourceParts(
+            settings, self.book, self.recorder, self.quarantine, self.make_batch, self.worker_ids, new_worker_id
+        )
         self.initialised = False
         self.run: Run | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._unended: list[Run] = []
-        self._prepared: Run | None = None
+        self._built: Run | None = None  # the run that is being started, and the one before it
+        self._before: Run | None = None
+        self._feeds: dict[str, tuple[DeviceSettings, DeviceFeed]] = {}  # made for the next run
         self._loaded: Position | None = None  # where the next run begins
         self._tickers: list[Ticker] = []  # those of external loggers; changed by starting and stopping only
-        self._prepared_tickers: list[Ticker] = []
         self.tracing: Tracing | None = None  # set while it goes on, by itself
 
     def device_name(self, name_scope: str) -> str:
@@ -81,46 +86,44 @@ class SourceCore:
         """Whether it was started and not stopped; it may have ended by itself."""
         return self.run is not None and not self.run.signal.stopping
 
-    def prepare(self) -> None:
-        """Make the next run, its feeds too: here frameworks are imported. Nothing is started."""
+    def make_feeds(self) -> None:
+        """Make the feeds of the next run: frameworks are imported here. Raises ConfigError: one cannot be made."""
         self.quarantine.open()
-        self._prepared = Run(
-            self.settings,
-            self.devices,
-            self.worker_ids,
-            # As many as were enough in the last run; the others may have begun data that they have not finished.
-            len(self.worker_ids) if self.run is None else self.run.workers,
-            self._new_worker_id,
-            self.book,
-            self.recorder,
-            self.make_batch,
-            self.quarantine,
-            self._loaded or Position(),
-        )
-        self._prepared_tickers = [
-            Ticker(f"logger-{self.settings.name}", LoggerFeed(self, logger).tick) for logger in self.settings.external_loggers
-        ]
+        self._feeds = {name: (device, device.make_feed()) for name, device in self.devices.items()}
+
+    def build(self) -> None:
+        """Make the next run, after the init functions, which may have loaded a state or reset a device."""
+        feeds, self._feeds = self._feeds, {}
+        for name, device in self.devices.items():
+            made = feeds.get(name)
+            feeds[name] = made if made is not None and made[0] is device else (device, device.make_feed())
+        # As many workers as were enough in the last run; the others may have begun data that they have not finished.
+        workers = len(self.worker_ids) if self.run is None else self.run.workers
+        with self._lock:
+            run = Run(self._parts, feeds, workers, self._loaded or Position())
+            self._unended.append(run)
+            # Known before its threads run: they may call stop().
+            self._before, self._built, self.run = self.run, run, run
 
     def start(self) -> None:
-        """Start what was prepared."""
-        run, self._prepared = self._prepared, None
-        assert run is not None  # noqa: S101  prepared just before
-        with self._lock:
-            before, self.run = self.run, run  # known before its threads run: they may call stop()
-            self._unended.append(run)
-        try:
-            run.start()
-        except BaseException:
-            with self._lock:
-                self.run = before
-            raise
-        for ticker in self._prepared_tickers:
+        """Start what was built."""
+        assert self.run is not None  # noqa: S101  built just before
+        name = f"logger-{self.settings.name}"
+        # Made first: what they tell begins with the run.
+        tickers = [Ticker(name, LoggerFeed(self, logger).tick) for logger in self.settings.external_loggers]
+        self.run.start()
+        for ticker in tickers:
             self._tickers.append(ticker)  # known before it runs: Ctrl-C while it starts ends it again
             ticker.start()
 
     def started(self) -> None:
         """Every source has started: what was loaded has been used."""
-        self._loaded = None
+        self._loaded = self._before = self._built = None
+
+    def not_started(self) -> None:
+        """No source has started, because one could not be: the last run is the one before."""
+        if self._built is not None:
+            self.run, self._built, self._before = self._before, None, None
 
     def request_stop(self) -> None:
         """Ask every thread to end. Takes no lock: a finalizer calls it."""
@@ -134,10 +137,21 @@ class SourceCore:
         for run in self._runs():
             run.abort()
 
+    def locks(self) -> list[Any]:
+        """Return the re-entrant locks of its runs, of the one that has ended too; see `Run.locks`."""
+        runs = [*self._runs(), *([] if self.run is None else [self.run])]
+        return [lock for run in runs for lock in run.locks()]
+
     def join(self, deadline: float) -> tuple[tuple[StuckThread, ...], tuple[str, ...]]:
         """Second phase: wait until the deadline; return (what is stuck, what went wrong)."""
+        with released(self.locks()):
+            return self._join(deadline)
+
+    def _join(self, deadline: float) -> tuple[tuple[StuckThread, ...], tuple[str, ...]]:
         stuck: tuple[StuckThread, ...] = ()
         wrong: tuple[str, ...] = ()
+        if self.run is not None and self.run.forked:  # the threads, and what they still count, are the parent's
+            return (), ()
         for run in self._runs():
             more_stuck, more_wrong = run.stop(deadline)
             stuck += more_stuck
@@ -204,6 +218,8 @@ class SourceCore:
         """Return the position as plain data; see `DataInputCoordinator.state_dict`."""
         settings, run = self.settings, self.run
         stream = self._stream_or_raise()
+        for device in run.devices.values() if run is not None else ():
+            refuse_inside(device.queue.lock)
         if delivered is not None:
             check_whole("state_dict: delivered", delivered, 0)
         batch_size = max(device.batch_size for device in self.devices.values())
@@ -261,8 +277,10 @@ class SourceCore:
         workers = len(self.worker_ids) if run is None else run.workers
         cores, auto = (run.cores, run.auto) if run is not None else (1.0, None)
         read = self.recorder.read(now)
-        windows, latest = attribute(self.settings, workers, cores, auto, self.recorder, state, slowest, read)
-        alive = sum(recorder.alive and not recorder.abandoned for recorder in fetchers) if run is not None else 0
+        targets = [device.target for device in run.devices.values()] if run is not None else []
+        keeps_chunks = all(target.chunk_alignment is not None for target in targets)
+        windows, latest = attribute(self.settings, workers, cores, auto, self.recorder, state, slowest, keeps_chunks, read)
+        alive = sum(recorder.alive for recorder in fetchers) if run is not None else 0
         return SourceStats(
             rows_fetched=fetched,
             rows_delivered=delivered,
@@ -279,7 +297,8 @@ class SourceCore:
             quarantine=self.quarantine.latest,
             fetchers_alive=alive,
             fetcher_restarts=self.recorder.restarts,
-            fetcher_busy_seconds=calls.seconds + total.failed[1],
+            fetcher_busy_seconds=calls.seconds + total.failed[1] + total.copying,
+            fetcher_copying_seconds=total.copying,
             fetcher_blocked_seconds=sum(waited(recorder.blocked, now) for recorder in fetchers),
             enqueuer_busy_seconds=enqueuer_busy,
             enqueuer_blocked_seconds=waited(self.recorder.enqueuer_blocked, now),
@@ -296,13 +315,13 @@ class SourceCore:
         )
 
     def _queued(self) -> tuple[float, int]:
-        """Return (batches' worth, bytes) of what waits for the enqueuer."""
-        weight, nbytes = self.run.chunks.charged if self.run is not None else (0, 0)
+        """Return (batches' worth, bytes) of rows that are in batches, or wait for their turn, and were not sent yet."""
+        weight, nbytes = self.run.assembly.charged if self.run is not None else (0, 0)
         return weight / (max(device.batch_size for device in self.devices.values()) if self.settings.rebatch else 1), nbytes
 
     def note_depths(self, trace: Trace, now: float) -> None:
         """Note in a trace how many batches wait in each queue."""
-        trace.add_depth(now, f"chunk queue of {self.settings.name}", self._queued()[0])
+        trace.add_depth(now, f"assembly of {self.settings.name}", self._queued()[0])
         for name, device in self.run.devices.items() if self.run is not None else ():
             trace.add_depth(now, f"device queue of {name}", len(device.queue))
 

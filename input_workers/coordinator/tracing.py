@@ -1,4 +1,4 @@
-"""Sources that run go in, a file that shows what each thread did in the next seconds comes out."""
+"""A trace, from its start to its file: what each thread of running sources did for some seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from input_workers.coordinator import exit_hook
 from input_workers.coordinator.state_file import check_writable, replacing
 from input_workers.errors import ConfigError, InputWorkersError, LifecycleError, WaitTimeout, describe
-from input_workers.fetchers import Processes
 from input_workers.fetchers.threads import join_threads
 from input_workers.metrics.trace import SourceTrace, Trace
 from input_workers.metrics.trace_events import text_of, unfinished
@@ -66,7 +65,7 @@ class Tracing:
         begun: list[SourceCore] = []
         try:
             for core in self._cores:
-                source = SourceTrace(trace, core.settings.name, isinstance(core.settings.fetchers, Processes))
+                source = SourceTrace(trace, core.settings.name, core.settings.fetchers.kind == "process")
                 core.recorder.begin_trace(source)
                 begun.append(core)
                 trace.sources.append(source)

@@ -1,14 +1,19 @@
-"""How the fetch function is run: one loop, and backends that run it in many threads or processes (or actors)."""
+"""How the fetch function is run: one loop, and backends that run it in many threads or processes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from input_workers.checks import check_whole
 from input_workers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from input_workers.fetchers.context import FetchContext
+    from input_workers.fetchers.threads import ThreadFetchers
+    from input_workers.metrics.fetcher_recorder import FetcherRecorder
 
 __all__ = ["MAX_WORKERS", "Processes", "StartMethod", "Threads", "chosen_fetchers"]
 
@@ -31,16 +36,44 @@ class Threads:
 
     Attributes:
         min_workers, max_workers: what num_workers="auto" stays within; a number of its own is not bound by them.
+        keep_freed_memory: have glibc's malloc keep freed memory, from the start of the source on and for the whole process:
+            see `input_workers.fetchers.malloc`. For functions that return large new arrays from each call.
 
     Raises:
-        ConfigError: a value is wrong.
+        ConfigError: a value is wrong. Raised by the start of the source: the system has no glibc for `keep_freed_memory`.
     """
 
     min_workers: int = 1
     max_workers: int = 128  # a thread that waits costs little: some 30 KB, and a hand-over for each chunk
+    keep_freed_memory: bool = False
+
+    kind: ClassVar[Literal["thread", "process"]] = "thread"
+    abandons_calls: ClassVar[bool] = True  # a thread cannot be killed: a call that hangs is given to another
 
     def __post_init__(self) -> None:
+        if not isinstance(self.keep_freed_memory, bool):
+            raise ConfigError(f"Threads: keep_freed_memory must be True or False, got {self.keep_freed_memory!r}")
         _check_bounds("Threads", self.min_workers, self.max_workers)
+
+    @property
+    def option_for_workers(self) -> str | None:
+        """The name of an option that has an effect only where there are workers, if one was given."""
+        return "keep_freed_memory" if self.keep_freed_memory else None
+
+    def make_backend(
+        self,
+        context: FetchContext,
+        recorders: Sequence[FetcherRecorder],
+        resting: Sequence[FetcherRecorder],
+        on_end: Callable[[], None],
+    ) -> ThreadFetchers:
+        """Return what runs the fetchers of a run. Raises ConfigError: freed memory cannot be kept on this system."""
+        from input_workers.fetchers.malloc import keep_freed_memory
+        from input_workers.fetchers.threads import ThreadFetchers
+
+        if self.keep_freed_memory:
+            keep_freed_memory()
+        return ThreadFetchers(context, recorders, resting, on_end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +103,9 @@ class Processes:
     min_workers: int = 1
     max_workers: int = 32  # a process costs what its imports do, often 100 MB or more
 
+    kind: ClassVar[Literal["thread", "process"]] = "process"
+    abandons_calls: ClassVar[bool] = False  # the process of a call that hangs is killed
+
     def __post_init__(self) -> None:
         if self.start not in (None, "forkserver", "spawn", "fork"):
             raise ConfigError(f"Processes: start: got {self.start!r}; wanted 'forkserver', 'spawn' or 'fork'")
@@ -79,6 +115,23 @@ class Processes:
         if not isinstance(self.preload, tuple) or not all(isinstance(name, str) for name in self.preload):
             raise ConfigError(f"Processes: preload: got {self.preload!r}; wanted a tuple of names of modules")
         _check_bounds("Processes", self.min_workers, self.max_workers)
+
+    @property
+    def option_for_workers(self) -> str | None:
+        """The name of an option that has an effect only where there are workers, if one was given."""
+        return "worker_init_fun" if self.worker_init_fun is not None else "preload" if self.preload else None
+
+    def make_backend(
+        self,
+        context: FetchContext,
+        recorders: Sequence[FetcherRecorder],
+        resting: Sequence[FetcherRecorder],
+        on_end: Callable[[], None],
+    ) -> ThreadFetchers:
+        """Return what runs the fetchers of a run. Raises ConfigError: the function cannot be sent to processes."""
+        from input_workers.fetchers.processes import ProcessFetchers
+
+        return ProcessFetchers(self, context, recorders, resting, on_end)
 
     @property
     def start_method(self) -> StartMethod:

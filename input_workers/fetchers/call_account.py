@@ -1,4 +1,4 @@
-"""What a worker process did in its calls goes in; what its parent has not been told yet comes out, with each answer."""
+"""Times of a worker process's calls, of which its parent is told with each answer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from input_workers.metrics.fetcher_recorder import FetcherRecorder, Told
+from input_workers.metrics.fetcher_recorder import FetcherRecorder
+from input_workers.metrics.fetcher_recorder import Told as CallReport
 from input_workers.metrics.trace import Room, Span, Track
 
-__all__ = ["CallAccount"]
+__all__ = ["CallAccount", "CallReport"]
 
 
 class CallAccount:
-    """The times of a worker's calls. Belongs to its thread, but for `of_early_answer`.
+    """The times of a worker's calls. Belongs to its thread.
 
     Attributes:
         recorder: where `timed` puts its parts.
@@ -23,7 +24,7 @@ class CallAccount:
         self.recorder = FetcherRecorder(worker_id)
         self._cpu = time.process_time()
         self._began = self._ended = 0.0
-        self._waited = 0.0  # of the call in the making, for a block: no time of the function's
+        self._waited = 0.0  # of the running call, for shared memory: no time of the function's
         self._took: float | None = None  # where the answer is not of the whole time since it began, and of no other
         self._until = 0.0  # a trace goes on
 
@@ -35,13 +36,23 @@ class CallAccount:
         """It has returned."""
         self._ended = time.monotonic()
 
+    @property
+    def times(self) -> tuple[float, float]:
+        """When the call that has returned began and ended; one that was made before its answer was due is taken as made now."""
+        return (self._began if self._took is None else self._ended - self._took), self._ended
+
+    def was_answered_early(self) -> None:
+        """Another thread has sent the rows of the call that has returned: the next answer tells that it was made."""
+        if self.recorder.trace is not None:
+            self.recorder.trace.add("call", self._began, self._ended)
+
     def took(self, seconds: float) -> None:
-        """The calls that are answered now took so long: others were made meanwhile, or these before."""
+        """Set the seconds of the calls that are answered now: others were made meanwhile, or these before."""
         self._took = seconds
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Wait for a block."""
+        """Wait for shared memory."""
         started = time.monotonic()
         try:
             yield
@@ -57,8 +68,8 @@ class CallAccount:
         self._until = until
         self.recorder.trace = Track("", Room())
 
-    def take(self) -> Told:
-        """Return what there is to tell since the last time."""
+    def take(self) -> CallReport:
+        """Return what has happened since the last time."""
         recorder = self.recorder
         ended = self._ended or time.monotonic()
         before, self._cpu = self._cpu, time.process_time()
@@ -71,12 +82,3 @@ class CallAccount:
                 recorder.trace = None
         seconds = ended - self._began if self._took is None else self._took
         return max(0.0, seconds - self._waited), self._began, ended, self._cpu - before, parts, spans
-
-    def was_answered_early(self) -> None:
-        """Another thread has sent the rows of the call that has returned: that it was made is for the next answer to tell."""
-        if self.recorder.trace is not None:
-            self.recorder.trace.add("call", self._began, self._ended)
-
-    def of_early_answer(self, seconds: float) -> Told:
-        """Return what another thread tells of rows that it sends: how long they took, and nothing that this one counts."""
-        return seconds, 0.0, 0.0, 0.0, (), ()

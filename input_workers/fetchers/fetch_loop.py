@@ -1,26 +1,23 @@
-"""The loop that every fetcher runs, wherever it runs: call, check, count, put; until no more is wanted or there is no more."""
+"""The loop that every fetcher runs, wherever its calls are made: call, check, count, copy into batches."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any
 
-from input_workers.contracts import Chunk, FetchFunction, FetchRequest
-from input_workers.errors import EndOfData, Failure, FetchFailed, FetchTimeout, WorkerDied, describe
+from input_workers.contracts import FetchRequest
+from input_workers.errors import EndOfData
 from input_workers.fetchers.chunk_check import ChunkCheck
-from input_workers.fetchers.ownership import owned
-from input_workers.fetchers.recovery import Attempt, Recovery, keep_rows
-from input_workers.metrics.fetcher_recorder import Abandoned, FetcherRecorder, Released
+from input_workers.fetchers.context import Calls, FetchContext, FunctionCalls
+from input_workers.fetchers.fetcher import Fetcher
+from input_workers.fetchers.ownership import ownership
+from input_workers.fetchers.recovery import TAKEN_AWAY, Attempt, keep_rows
 from input_workers.metrics.histogram import SAMPLES_BEFORE_FOLDING
 from input_workers.policy import TooManySkipped
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-__all__ = ["BackOff", "Calls", "FunctionCalls", "fetch_failure", "fetch_loop"]
+__all__ = ["BackOff", "fetch_loop"]
 
 log = logging.getLogger("input_workers")
 
@@ -30,53 +27,8 @@ LAST_BACK_OFF_SECONDS = 0.1
 NO_DATA_WARNING_SECONDS = 10.0
 
 
-class FunctionCalls:
-    """Calls of a plain function `function(worker_id, batch_size)`. `batch_size` may be changed at any time."""
-
-    __slots__ = ("batch_size", "function")
-
-    def __init__(self, function: FetchFunction, batch_size: int) -> None:
-        self.function = function
-        self.batch_size = batch_size
-
-
-class OtherCalls(Protocol):
-    """Calls that are dealt, or made elsewhere: see `sources.stream_calls` and `worker_calls`.
-
-    What the latter return belongs to nobody else, as their `owns_results` says.
-    """
-
-    def next(self, recorder: FetcherRecorder) -> tuple[Any, FetchRequest | None]:
-        """Make the next call; return its result and the request. Raises EndOfData after the last."""
-
-    def fetch(self, request: FetchRequest | None) -> Any:
-        """Make the call for a request, or for a part of one, or one of a plain function."""
-
-
-Calls: TypeAlias = "FunctionCalls | OtherCalls"
-
-
-class Chunks(Protocol):
-    """Where chunks go: see `flow.chunk_queue.ChunkQueue`."""
-
-    pack_below_nbytes: int
-
-    @property
-    def closed(self) -> bool:
-        """Whether no more is wanted."""
-
-    def pack(self, arrays: Sequence[NDArray[Any]], rows: int, nbytes: int) -> bool:
-        """Copy a small chunk without waiting."""
-
-    def offer(self, chunk: Chunk) -> bool:
-        """Put without waiting."""
-
-    def put(self, chunk: Chunk) -> bool:
-        """Put, waiting; False if it was not taken."""
-
-
 class BackOff:
-    """Waits 1 to 100 ms, longer each time, while a fetcher has no data; says so every ten seconds."""
+    """Waits 1 to 100 ms, longer each time, while a fetcher has no data; warns every ten seconds."""
 
     def __init__(self, source: str, worker_id: int) -> None:
         self._who = f"source {source!r}, worker {worker_id}"
@@ -93,184 +45,158 @@ class BackOff:
         return self._seconds
 
 
-def fetch_failure(source: str, recorder: FetcherRecorder, error: BaseException) -> Failure:
-    """Return the failure that an exception of the fetch function, or of the check of its result, is."""
-    where = f"source {source!r}, worker {recorder.worker_id}"
-    notes = [f"source: {source!r}", f"worker: {recorder.worker_id}"]
-    if recorder.request is not None:
-        where += f", request {recorder.request.index}"
-        notes.append(f"request: {recorder.request.index} (epoch {recorder.request.epoch})")
-    if isinstance(error, (FetchTimeout, WorkerDied)):  # of a worker process, in its own words
-        return Failure(type(error), str(error), error.__cause__, notes)
-    if isinstance(error, TooManySkipped):  # the last of what was to be skipped is the cause
-        return Failure(FetchFailed, f"{error}: {describe(error.__cause__ or error)}", error.__cause__, notes)
-    return Failure(FetchFailed, f"{where}: {describe(error)}", error, notes)
-
-
-def fetch_loop(
-    source: str,
-    calls: Calls,
-    check: ChunkCheck,
-    chunks: Chunks,
-    recorder: FetcherRecorder,
-    idle: Callable[[float], object],
-    fail: Callable[[Failure, FetchRequest | None], object],
-    copy: Callable[[NDArray[Any]], NDArray[Any]],
-    recovery: Recovery | None = None,
-    interrupted: tuple[Attempt, BaseException] | None = None,
-    nothing_left: Callable[[FetchRequest], object] = lambda request: None,  # noqa: ARG005
-) -> bool:
-    """Fetch until the data end, the queue closes, the fetcher is released or something is raised, in its own thread.
+def fetch_loop(fetcher: Fetcher, context: FetchContext, calls: Calls) -> bool:
+    """Fetch until the data end, the assembly closes, the fetcher is released or a call fails, in the fetcher's thread.
 
     Returns:
-        Whether this fetcher is through: its data have ended, or it has failed. Raises nothing but what `fail` raises.
-
-    Args:
-        source: the name, for errors.
-        calls: makes the next call.
-        check: of its result.
-        chunks: where the chunks go.
-        recorder: of this fetcher.
-        idle: waits so many seconds when there is no data now, or before a retry, or less when the queue closes; returns
-            whether the run has ended.
-        fail: told the failure and the request that failed; called at most once.
-        copy: copies an array that somebody else can reach.
-        recovery: from calls that fail; None: the first failure is the end.
-        interrupted: what another fetcher was at, and why it did not come to an end.
-        nothing_left: told a request all of whose rows were skipped.
+        Whether this fetcher is through: its data have ended, or it has failed. It never raises.
     """
-    back_off: BackOff | None = None
-    function = calls.function if isinstance(calls, FunctionCalls) else None
-    result: Any
-    request: FetchRequest | None = None
-    worker_id = recorder.worker_id
-    durations = recorder.calls
-    samples = durations.samples
-    clock, rows_of, offer, pack = time.monotonic, check.rows_of, chunks.offer, chunks.pack
-    owns_results = getattr(calls, "owns_results", False)
-    can_be_abandoned = recovery is not None and recovery.abandons
-    deal: Callable[[FetcherRecorder], FetchRequest] | None = getattr(calls, "deal", None)
-    deals = can_be_abandoned and deal is not None
+    recorder = fetcher.recorder
     recorder.alive = True
     try:
-        if interrupted is not None:
-            recorder.attempt, cause = interrupted
-            recorder.attempt.failed(cause, recorder)
-        attempt: Attempt | None = recorder.attempt  # in the trainer's own thread: what it did not come to the end of
-        now = clock()
-        # A worker process was sent more than it has answered: its calls say when it may rest.
-        while not (chunks.closed or (recorder.released and attempt is None and not owns_results)):
-            if not deals:
-                recorder.call_started = now
-            try:
-                if attempt is not None:
-                    result, request = attempt.run(check, recorder, idle, lambda: not chunks.closed), attempt.request
-                elif function is not None:
-                    result = function(worker_id, calls.batch_size)  # type: ignore[union-attr]
-                elif deals and deal is not None:
-                    recorder.request = None
-                    recorder.request = request = deal(recorder)
-                    # The call begins when its request is known: whoever takes it over needs that.
-                    recorder.call_started = now = clock()
-                    result = calls.fetch(request)  # type: ignore[union-attr]
-                else:
-                    recorder.request = None
-                    result, request = calls.next(recorder)  # type: ignore[union-attr]
-            except Exception as error:
-                if (trace := recorder.trace) is not None and attempt is None and not isinstance(error, EndOfData):
-                    trace.add(trace.failed_call, now, clock(), index_of(recorder.request))
-                recorder.end_call(failed=not isinstance(error, EndOfData))
-                if recovery is None or attempt is not None or isinstance(error, EndOfData):
-                    raise
-                if deal is not None and recorder.request is None:  # it could not be dealt: there is no call to make again
-                    raise
-                attempt = recorder.attempt = Attempt(recovery, recorder.request, again(calls, worker_id))
-                attempt.failed(error, recorder)
-                now = clock()
-                continue
-            if attempt is not None and not attempt.is_over:
-                break
-            # Not before it began: a worker process says how long a call took, and a request may have been waited for.
-            before, started, now = now, recorder.call_started, clock()
-            if (trace := recorder.trace) is not None and attempt is None:
-                trace.add(trace.call, before if owns_results else started, now, index_of(request))
-            if can_be_abandoned:
-                recorder.end_call()
-            # One look at the clock a call: what lies between two calls is shorter than it is worth to measure.
-            if attempt is None:
-                samples.append(now - started)
-            else:
-                samples.extend(attempt.durations)
-            if len(samples) >= SAMPLES_BEFORE_FOLDING:
-                durations.fold()
-                samples = durations.samples
-            if attempt is not None:
-                attempt = recorder.attempt = None
-                # Of a request, the rows were checked one group after the other, perhaps by another fetcher.
-                rows = rows_of(result, None) if result or request is None else 0
-                if request is not None and not rows:
-                    nothing_left(request)
-                    continue
-            else:
-                rows = rows_of(result, request)
-                if request is not None and request.kept is not None:
-                    result, rows = keep_rows(result, request.kept, check.axes), len(request.kept)
-            if not rows:
-                recorder.call_started = math.inf
-                back_off = back_off or BackOff(source, recorder.worker_id)
-                idle(back_off.next_seconds())
-                started, now = now, clock()
-                if (trace := recorder.trace) is not None:
-                    trace.add("no data", started, now)
-                continue
-            back_off = None
-            recorder.rows += rows
-            nbytes = rows * check.row_nbytes or sum(array.nbytes for array in result)
-            if nbytes < chunks.pack_below_nbytes and request is None and pack(result, rows, nbytes):
-                continue
-            lent = request.out if request is not None else None
-            chunk: Chunk = result if owns_results else owned(result, lent, copy), rows, nbytes, request
-            del result
-            if offer(chunk):
-                del chunk
-                continue
-            recorder.call_started = math.inf
-            recorder.blocked = recorder.blocked[0], now
-            taken = chunks.put(chunk)
-            started, now = now, clock()
-            recorder.blocked = recorder.blocked[0] + now - started, math.inf
-            if (trace := recorder.trace) is not None:
-                trace.add("waiting for room", started, now)
-            if not taken:
-                recorder.stopped_rows += rows
-                break
-            del chunk
+        return _fetch(fetcher, context, calls)
     except EndOfData:
         return True
-    except (Abandoned, Released):
-        pass
     except BaseException as error:  # SystemExit too: it would end this thread in silence, and the trainer would wait
-        try:
-            recorder.end_call()
-        except Abandoned:  # another one has taken over, and nobody waits for this
-            return False
-        counted = error.__cause__ if isinstance(error, TooManySkipped) else error
-        recorder.count_error(type(counted).__name__)
-        fail(fetch_failure(source, recorder, error), recorder.request)
+        if not fetcher.end_call():
+            return False  # another fetcher has taken over, and this one's end is of no interest
+        if not isinstance(error, TooManySkipped):  # the last that was to be skipped has been counted
+            recorder.count_error(type(error).__name__)
+        context.fail(context.failure_of(fetcher, error), fetcher.request)
         return True
     finally:
         recorder.call_started = math.inf
         recorder.alive = False
+
+
+def _fetch(fetcher: Fetcher, context: FetchContext, calls: Calls) -> bool:
+    """Run the loop; return whether the fetcher is through. Raises EndOfData, and the failure of a call."""
+    recorder, assembly = fetcher.recorder, context.assembly
+    check = ChunkCheck(context.book)
+    samples = recorder.calls.samples
+    clock, rows_of, pack, place = time.monotonic, check.rows_of, assembly.pack, assembly.place
+    pack_below_nbytes = 0 if calls.is_stream else assembly.pack_below_nbytes
+    # A plain function is called without a step between: of small chunks, a call more is a tenth of the time.
+    function = calls.function if type(calls) is FunctionCalls else None
+    shared = context.calls
+    abandons, owns_results = context.abandons, calls.owns_results
+    begins_calls = not (abandons and calls.is_stream)  # else `calls.next` does, when the request is known
+    resumes = fetcher.resumes  # why it begins with what another fetcher did not finish
+    back_off: BackOff | None = None
+    result: Any
+    now = clock()
+    while not assembly.closed and (not fetcher.released or owns_results):
+        if begins_calls:
+            recorder.call_started = now
+        attempt: Attempt | None = None
+        request: FetchRequest | None = None
+        try:
+            if resumes is not None:
+                error, resumes = resumes, None
+                raise error
+            if function is not None:
+                result = function(fetcher.worker_id, shared.batch_size)
+            else:
+                answer = calls.next(fetcher)
+                if answer is None:  # released, and everything that a worker was sent has been answered
+                    return False
+                result, request = answer
+                answer = None  # or it would hold the chunk, and who holds it is looked at below
+                attempt = fetcher.attempt  # of a worker process; else there is none yet
+        except Exception as error:
+            attempt = _begin_attempt(fetcher, context, calls, error)
+            result = _finish_attempt(attempt, fetcher, context, calls, check)
+            if result is TAKEN_AWAY or not attempt.is_over:
+                return False
+            request = attempt.request
+        before, started, now = now, recorder.call_started, clock()
+        if attempt is not None:
+            samples.extend(attempt.durations)
+            context.account_skipped(fetcher, request, attempt.take_skipped())
+        elif abandons and not fetcher.end_call():
+            return False
+        else:
+            samples.append(now - started)
+            if (trace := recorder.trace) is not None:
+                # A worker process tells how long its call took; this thread has waited since the call before.
+                trace.add(trace.call, before if owns_results else started, now, recorder.request)
+        if len(samples) >= SAMPLES_BEFORE_FOLDING:
+            recorder.calls.fold()
+            samples = recorder.calls.samples
+
+        # Which rows are these? Those of an attempt were checked group by group, and may be none.
+        if attempt is None:
+            rows = rows_of(result, request)
+            if request is not None and request.kept is not None:
+                result, rows = keep_rows(result, request.kept, check.axes), len(request.kept)
+        else:
+            fetcher.attempt = None
+            rows = rows_of(result, None) if result or request is None else 0
+            if request is not None and not rows:
+                context.skip_request(fetcher, request)
+                now = clock()
+                continue
+        if not rows:
+            recorder.call_started = math.inf
+            back_off = back_off or BackOff(context.source, fetcher.worker_id)
+            context.pause(back_off.next_seconds())
+            started, now = now, clock()
+            if (trace := recorder.trace) is not None:
+                trace.add("no data", started, now)
+            continue
+        back_off = None
+
+        # From here on the rows count as fetched: they are placed, or accounted for as stopped.
+        recorder.rows += rows
+        nbytes = rows * check.row_nbytes or sum(array.nbytes for array in result)
+        if nbytes < pack_below_nbytes and pack(result, rows):
+            continue
+        recorder.call_started = math.inf
+        ours = None
+        if assembly.may_keep(rows, request):
+            ours = ownership(result, owns_results, request.out if request is not None else None)
+        waited = recorder.blocked[0]
+        unplaced = place(result, rows, nbytes, request, ours, recorder)
+        # The chunk's memory goes before the next call: the function may need it, or a worker process its block.
+        del result, ours
+        started, now = now, clock()
+        recorder.copying += max(0.0, now - started - (recorder.blocked[0] - waited))
+        if (trace := recorder.trace) is not None:
+            trace.add("copying", started, now)  # "waiting for room" lies inside it
+        if unplaced is not None:
+            recorder.stopped_rows += unplaced.rows
+            if unplaced.error is not None:
+                raise unplaced.error
+            return False
     return False
 
 
-def index_of(request: FetchRequest | None) -> int | None:
-    """Return the request's number, if it has one."""
-    return None if request is None else request.index
+def _begin_attempt(fetcher: Fetcher, context: FetchContext, calls: Calls, error: Exception) -> Attempt:
+    """A call raised: return what is to be fetched in its place. Raises the error, where the policy says so."""
+    resumes, fetcher.resumes = fetcher.resumes, None
+    if resumes is None:
+        recorder, started = fetcher.recorder, fetcher.call_started
+        if (trace := recorder.trace) is not None and started != math.inf and not isinstance(error, EndOfData):
+            trace.add(trace.failed_call, started, time.monotonic(), recorder.request)
+        if not fetcher.end_call(failed=not isinstance(error, EndOfData)):
+            raise error  # the loop sees that the call was taken away
+        if fetcher.attempt is not None:  # of a worker process
+            context.account_skipped(fetcher, fetcher.attempt.request, fetcher.attempt.take_skipped())
+        if isinstance(error, EndOfData) or context.policy.raises_at_once or calls.make_retry_call is None:
+            raise error
+        fetcher.attempt = Attempt(context.policy, fetcher.request)
+    attempt = fetcher.attempt
+    assert attempt is not None  # noqa: S101  made here, or by the fetcher before
+    attempt.failed(error, fetcher)
+    return attempt
 
 
-def again(calls: Calls, worker_id: int) -> Callable[[FetchRequest | None], Any]:
-    """Return what makes a call once more: for a request, or of a plain function for None."""
-    if isinstance(calls, FunctionCalls):
-        return lambda _: calls.function(worker_id, calls.batch_size)
-    return calls.fetch
+def _finish_attempt(attempt: Attempt, fetcher: Fetcher, context: FetchContext, calls: Calls, check: ChunkCheck) -> Any:
+    """Fetch what can be fetched in the place of a failed call, and account for what was skipped."""
+    assert calls.make_retry_call is not None  # noqa: S101  an attempt has begun
+    try:
+        retry_call = calls.make_retry_call(fetcher)
+        return attempt.run(retry_call, check, fetcher, context.pause, lambda: not context.assembly.closed)
+    finally:
+        if not fetcher.abandoned:
+            context.account_skipped(fetcher, attempt.request, attempt.take_skipped())

@@ -19,11 +19,22 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import reduction
+from typing import TextIO
 
 from input_workers.errors import describe
 from input_workers.fetchers.frames import receive_descriptors
 
-__all__ = ["ForkServer", "command", "fork_server", "serve_forks", "worker_environment"]
+__all__ = [
+    "ForkServer",
+    "command",
+    "fill_standard_descriptors",
+    "fork_server",
+    "import_path",
+    "serve_forks",
+    "set_process_name",
+    "standard_stream",
+    "worker_environment",
+]
 
 # A worker's own threads would share its core with those of the other workers.
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
@@ -42,12 +53,38 @@ def worker_environment() -> dict[str, str]:
     return {**dict.fromkeys(ONE_THREAD, "1"), **KEEP_FREED_MEMORY, **os.environ}
 
 
+def import_path() -> list[str]:
+    """Return `sys.path` without what is not a string, such as a `pathlib.Path`: an import passes it over, too."""
+    return [str(entry) for entry in sys.path if isinstance(entry, str)]
+
+
+def set_process_name(name: str) -> None:
+    """Set what `ps` and `top` call this process, where the system can."""
+    with contextlib.suppress(OSError), open("/proc/self/comm", "wb") as file:
+        file.write(name.encode())
+
+
+def fill_standard_descriptors() -> None:
+    """Open /dev/null in place of each of stdin, stdout and stderr that is closed.
+
+    The next descriptor that is opened would get its number, and a process that is started would take it for its output.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
+def standard_stream(number: int) -> TextIO:
+    """Return stdout (1) or stderr (2) of this process as a new text stream."""
+    return open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
 def command(function: str, *arguments: object) -> list[str]:
     """Return the command of a Python like this one that calls `input_workers.fetchers.FUNCTION` with these arguments."""
     module, _, name = function.rpartition(".")
     call = f"{name}({', '.join(map(repr, arguments))})"
     # The path is ours from the beginning, or the package itself might not be found.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from input_workers.fetchers.{module} import {name}; {call}"
+    code = f"import sys; sys.path[:] = {import_path()!r}; from input_workers.fetchers.{module} import {name}; {call}"
     return [sys.executable, *subprocess._args_from_interpreter_flags(), "-c", code]  # type: ignore[attr-defined]
 
 
@@ -169,6 +206,7 @@ class ForkServer:
     def _start(self) -> None:
         self._stop()
         self._loaded = set()
+        fill_standard_descriptors()
         ours, theirs = socket.socketpair()
         for end in (ours, theirs):
             end.setblocking(True)  # whatever socket.setdefaulttimeout says
@@ -200,6 +238,11 @@ def serve_forks(number: int) -> None:
 
     from input_workers.fetchers import process_child
 
+    set_process_name("iw:forkserver")
+    # The number of a stream that the trainer was started without may be that of any file there, which is not passed on.
+    fill_standard_descriptors()
+    sys.stdout = sys.stdout or standard_stream(1)
+    sys.stderr = sys.stderr or standard_stream(2)
     np.random.default_rng(0)  # what a worker needs first is loaded here, once
     with socket.socket(fileno=number) as end:
         _serve(end, process_child.main)

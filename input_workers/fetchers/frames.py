@@ -1,63 +1,71 @@
-"""What a worker process and its parent send each other: small pickled frames, and the descriptors of blocks.
+"""Messages between a worker process and its parent: small pickled frames, and once the descriptor of an arena.
 
-To the worker go lists of: (GRANT, block, nbytes, is_new, is_needed, gone), a block to put the next chunk in, whose descriptor
-follows if it is new, and the numbers of blocks that are no more; (REFUSE, errno, text, is_needed): there is no memory for
-one; (REQUEST, index, epoch, rows, batch_size, key), a Stream's; (CALL, batch_size), a plain function's; (SPECS, specs), when
-they are known; (TRACE, until): tell the times of parts one by one. From it come: (READY, seconds); (CHUNK, block, layout,
-told), in the granted block; (INLINE, arrays, told), where they are small; (OTHER, pickled or None, kinds, is_sequence, told):
-no chunk; (NEED, nbytes): grant a block that large; (ERROR, ..., told), see `raised`; (END, told): the function has no more
-data. `told` is what the worker's calls did since the answer before, see `metrics.fetcher_recorder.Told`.
+To the worker, in lists:
 
-Every request and call is answered by one of CHUNK, INLINE, OTHER, ERROR and END, in their order. At most one block is granted
-and not used. Once a chunk has come in a block, the parent grants one before it waits for the next answer. NEED takes the
-granted block back, also one that is still on its way; the next one to count is the one whose `is_needed` says so.
+- (REQUEST, extent, state, index, epoch, rows, batch_size, key): a Stream's request.
+- (CALL, extent, state, batch_size): a call of a plain function.
+- (GRANT, extent): the answer to a NEED.
+- (SPECS, specs): of the source, once they are known.
+- (TRACE, until): tell the times of parts one by one.
+
+An extent is (offset, nbytes, is_cold), where the arrays of the answer may be written, or None. A state is what is left of an
+attempt that another process has begun (`recovery.AttemptState`), or None.
+
+From the worker:
+
+- (READY, seconds): it has begun.
+- (CHUNK, layout, report): arrays in the extent of the call.
+- (INLINE, arrays, report): small ones.
+- (OTHER, pickled or None, kinds, is_sequence, report): no chunk.
+- (ERROR, ..., report): see `raised`.
+- (END, report): the function has no more data.
+- (ATTEMPT, attempt report): the call has failed, and calls are made in its place (`recovery.AttemptReport`).
+- (NEED, nbytes): grant an extent that large.
+
+A report is what the worker's calls did since the answer before, see `metrics.fetcher_recorder.Told`.
+
+Every request and call is answered by one of CHUNK, INLINE, OTHER, ERROR and END, in their order; what belongs to an attempt is
+reported before. With its answer, a call's extent is the parent's again. Before the answer the worker may send NEED, which
+gives the call's extent back, and waits for one GRANT: a larger extent, or None if there is no room for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
 import socket
 import struct
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable
 from multiprocessing import reduction
 from typing import Any, TypeAlias
 
 from input_workers.errors import describe
 
 __all__ = [
-    "CALL",
-    "CHUNK",
-    "END",
-    "ERROR",
-    "GRANT",
-    "INLINE",
-    "NEED",
-    "OTHER",
-    "READY",
-    "REFUSE",
-    "REQUEST",
-    "SPECS",
-    "TRACE",
-    "Frame",
-    "Link",
-    "raised",
-    "rebuilt",
-    "receive_descriptors",
-]
+    "ATTEMPT", "CALL", "CHUNK", "END", "ERROR", "GRANT", "INLINE", "NEED", "OTHER", "READY", "REQUEST", "SPECS", "TRACE",
+    "BadFrame", "Frame", "Link", "dumps", "raised", "rebuilt", "receive_descriptors",
+]  # fmt: skip
 
-GRANT, REFUSE, REQUEST, CALL, SPECS, TRACE, READY, CHUNK, INLINE, OTHER, NEED, ERROR, END = range(13)
+GRANT, REQUEST, CALL, SPECS, TRACE, READY, CHUNK, INLINE, OTHER, NEED, ERROR, END, ATTEMPT = range(13)
 
 Frame: TypeAlias = tuple[Any, ...]
 
-# What is pickled into a frame instead of going through a block: copying it twice is cheaper than a block's bookkeeping.
+# What is pickled into a frame instead of going through shared memory: copying it twice is cheaper than the bookkeeping.
 INLINE_BELOW_NBYTES = 8192 + 1
 
 
 _HEADER = struct.Struct("!Q")  # the bytes of the frame that follows
 _RECEIVE_BYTES = 256 * 1024
+
+# No worker sends a frame this large. Text that was written to the pipe by mistake, read as a header, announces far more.
+MAX_FRAME_NBYTES = 1 << 30
+
+
+class BadFrame(Exception):
+    """What came through the pipe is not a frame."""
 
 
 class Link:
@@ -76,12 +84,14 @@ class Link:
         limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
-    def send(self, frame: Any, descriptors: Sequence[int] = ()) -> None:
-        """Send a frame and descriptors. Raises OSError if the other end is gone."""
+    def send(self, frame: Any) -> None:
+        """Send a frame. Raises OSError if the other end is gone."""
         content = pickle.dumps(frame, protocol=pickle.HIGHEST_PROTOCOL)
         self.socket.sendall(_HEADER.pack(len(content)) + content)
-        for descriptor in descriptors:
-            reduction.sendfds(self.socket, [descriptor])
+
+    def send_descriptor(self, descriptor: int) -> None:
+        """Send a descriptor, which the other end receives between two frames. Raises OSError if the other end is gone."""
+        reduction.sendfds(self.socket, [descriptor])
 
     def receive(self) -> Any:
         """Wait for the next frame. Raises EOFError or OSError if the other end is gone."""
@@ -103,6 +113,7 @@ class Link:
 
         Raises:
             EOFError, OSError: the other end is gone, and nothing is left.
+            BadFrame: something that is not a frame has come.
         """
         try:
             data = self.socket.recv(_RECEIVE_BYTES, socket.MSG_DONTWAIT)
@@ -115,10 +126,12 @@ class Link:
         frames, at = [], 0
         while len(buffer) - at >= _HEADER.size:
             (size,) = _HEADER.unpack_from(buffer, at)
+            if size > MAX_FRAME_NBYTES:
+                raise BadFrame(f"a frame of {size} bytes")
             end = at + _HEADER.size + size
             if len(buffer) < end:
                 break
-            frames.append(pickle.loads(buffer[at + _HEADER.size : end]))  # noqa: S301  from our own worker
+            frames.append(_frame_of(buffer[at + _HEADER.size : end]))
             at = end
         del buffer[:at]
         return frames
@@ -144,12 +157,26 @@ class Link:
             pass
 
     def close(self) -> None:
-        """Close this end. Nobody may be using it."""
+        """Close this end, which no thread may be using."""
         self.socket.close()
 
 
+def _frame_of(content: bytes | bytearray) -> Frame:
+    """Return the frame that a worker has pickled. Raises BadFrame."""
+    try:
+        frame = pickle.loads(content)  # noqa: S301  from our own worker
+    except Exception as error:  # garbage may raise anything, also EOFError, which has another meaning here
+        raise BadFrame(describe(error)) from error
+    if type(frame) is not tuple or not frame or type(frame[0]) is not int or frame[0] not in _FROM_WORKER:
+        raise BadFrame(f"{type(frame).__name__} {frame!r:.100}")
+    return frame
+
+
+_FROM_WORKER = frozenset((READY, CHUNK, INLINE, OTHER, NEED, ERROR, END, ATTEMPT))
+
+
 def receive_descriptors(end: socket.socket, count: int) -> list[int]:
-    """Return descriptors that were sent, closed on exec. Raises OSError: there is none left; EOFError: nobody sends."""
+    """Return descriptors that were sent, closed on exec. Raises OSError: there is none left; EOFError: the end is closed."""
     try:
         descriptors: list[int] = reduction.recvfds(end, count)
     except RuntimeError as error:  # what came was thrown away
@@ -159,19 +186,55 @@ def receive_descriptors(end: socket.socket, count: int) -> list[int]:
     return descriptors
 
 
-def raised(error: BaseException, dumps: Any) -> Frame:
-    """Return the frame of an exception: pickled, where that can be done, and as text in any case."""
-    try:
-        pickled = dumps(error)
-        pickle.loads(pickled)  # noqa: S301  many an exception can be pickled and not be made anew
-    except Exception:
-        pickled = None
-    # The stack begins in our own loop: the user's part is what is wanted.
+def dumps(value: Any) -> bytes:
+    """Return the value as cloudpickle has it: with what cannot be imported in the other process."""
+    import cloudpickle
+
+    return bytes(cloudpickle.dumps(value))
+
+
+def raised(error: BaseException, dumps: Callable[[Any], bytes] = dumps) -> Frame:
+    """Return the frame of an exception: pickled if it is small and can be pickled, and as text in any case.
+
+    The frame must fit into the buffer of the pipe: the parent may be sending a large request meanwhile, and reads nothing.
+    """
+    # The stack begins in our own loop, and ends in the user's code, which is the part of interest.
     text = "".join(traceback.format_exception(error))
-    return ERROR, type(error).__name__, describe(error), text[-MAX_TRACEBACK_CHARS:], pickled, isinstance(error, Exception)
+    short = describe(error)[:MAX_ERROR_TEXT_CHARS]
+    return ERROR, type(error).__name__, short, text[-MAX_TRACEBACK_CHARS:], _pickled(error, dumps), isinstance(error, Exception)
 
 
-MAX_TRACEBACK_CHARS = 64 * 1024
+# A pipe's buffer holds 208 KB, and a character may take four bytes.
+MAX_PICKLED_ERROR_NBYTES = 64 * 1024
+MAX_TRACEBACK_CHARS = 16 * 1024
+MAX_ERROR_TEXT_CHARS = 8 * 1024
+
+
+def _pickled(error: BaseException, dumps: Callable[[Any], bytes]) -> bytes | None:
+    """Return an exception as bytes; None: it is too large, or cannot be made anew from them.
+
+    Pickle makes an exception anew by calling its class with its `args`. If that has another `__init__`, it may fail, or put a
+    prefix before the text a second time. Such an exception is sent as its parts, and made without its `__init__`.
+    """
+    fallback: bytes | None = None
+    for form in (error, (type(error), error.args, error.__dict__)):
+        with contextlib.suppress(Exception):  # foreign code may raise anything
+            pickled = dumps(form)
+            if len(pickled) <= MAX_PICKLED_ERROR_NBYTES:
+                if describe(_unpickled(pickled)) == describe(error):
+                    return pickled
+                fallback = fallback or pickled  # its text may be different each time, such as an address
+    return fallback
+
+
+def _unpickled(pickled: bytes) -> BaseException:
+    """Return the exception that `_pickled` has sent."""
+    value: Any = pickle.loads(pickled)  # noqa: S301  from our own worker
+    if type(value) is tuple:
+        kind, args, state = value
+        value = kind.__new__(kind, *args)
+        value.__dict__.update(state)
+    return value  # type: ignore[no-any-return]
 
 
 def rebuilt(frame: Frame, who: str) -> BaseException:
@@ -180,7 +243,7 @@ def rebuilt(frame: Frame, who: str) -> BaseException:
     error: BaseException | None = None
     if pickled is not None:
         try:
-            error = pickle.loads(pickled)  # noqa: S301
+            error = _unpickled(pickled)
         except Exception:
             error = None
     if not isinstance(error, BaseException):

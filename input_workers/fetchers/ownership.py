@@ -1,12 +1,13 @@
-"""A right result goes in; arrays whose memory nobody else can reach come out.
+"""Which arrays of a chunk may be kept as they are, because nothing else refers to their memory.
 
-A fetch function may go on using what it returned. An array is taken over as it is only if nobody else refers to it and it
-owns its memory, or is the only view of an array that does; anything else is copied, in the fetcher's thread.
+A fetch function may go on using what it returned. An array may be kept only if nothing else refers to it, weakly either, and
+it owns its memory, or is the only view of an array that does. Everything else is copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from sys import getrefcount
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,9 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["owned"]
+__all__ = ["ownership"]
 
-# Reference counts, as seen below, of an object that nobody else holds. `_counts_are_right` proves them at import.
+# Reference counts, as seen below, of an object to which nothing else refers. `_counts_are_right` proves them at import.
 _REFS_OF_RESULT = 3  # the caller's variable, the parameter, getrefcount's argument
 _REFS_OF_ARRAY = 4  # the list it was returned in, the iterator's tuple, the loop variable, getrefcount's argument
 _REFS_OF_BASE = 3  # the view, a variable, getrefcount's argument
@@ -26,32 +27,32 @@ _REFS_OF_BASE = 3  # the view, a variable, getrefcount's argument
 MAX_BASE_RATIO = 2
 
 
-def owned(
-    result: Sequence[NDArray[Any]],
-    lent: Sequence[NDArray[Any]] | None,
-    copy: Callable[[NDArray[Any]], NDArray[Any]],
-) -> Sequence[NDArray[Any]]:
-    """Return the result's arrays, or copies where somebody else could reach them.
+def ownership(result: Sequence[NDArray[Any]], owns_all: bool, lent: Sequence[NDArray[Any]] | None) -> Sequence[bool]:
+    """Return for each array of a result whether it may be kept.
 
     Args:
         result: what the fetch function returned, in a variable of the caller and nowhere else of ours.
+        owns_all: the arrays were made by us, from what a worker process sent.
         lent: memory that was lent to the function to write into; such an array is ours.
-        copy: copies an array to memory that is ours.
     """
+    if owns_all:
+        return (True,) * len(result)
     base: NDArray[Any] | None
-    all_shared = type(result) not in (list, tuple) or getrefcount(result) > _REFS_OF_RESULT or not _TAKE_OVER
-    arrays: list[NDArray[Any]] = []
+    all_shared = type(result) not in (list, tuple) or getrefcount(result) > _REFS_OF_RESULT or not _TRUSTED
+    kept: list[bool] = []
     for index, array in enumerate(result):
         if lent is not None and array is lent[index]:
-            arrays.append(array)
+            kept.append(True)
             continue
         ours = not all_shared and type(array) is np.ndarray and getrefcount(array) <= _REFS_OF_ARRAY
+        ours = ours and not weakref.getweakrefcount(array)
         if ours and not array.flags.owndata:
             base = array.base
             ours = base is not None and type(base) is np.ndarray and base.flags.owndata and getrefcount(base) <= _REFS_OF_BASE
+            ours = ours and base is not None and not weakref.getweakrefcount(base)
             ours = ours and base is not None and base.nbytes <= MAX_BASE_RATIO * array.nbytes
-        arrays.append(array if ours else copy(array))
-    return arrays
+        kept.append(ours)
+    return kept
 
 
 def _counts_are_right() -> bool:
@@ -59,10 +60,10 @@ def _counts_are_right() -> bool:
     kept_array, kept_base, kept_list = np.zeros(1), np.zeros(2), [np.zeros(1)]
     for make in (lambda: [kept_array], lambda: [kept_base[:1]], lambda: kept_list, lambda: (kept_array,)):
         result = make()
-        if np.shares_memory(owned(result, None, np.copy)[0], result[0]):
+        if ownership(result, False, None)[0]:
             return False
     return True
 
 
-_TAKE_OVER = True
-_TAKE_OVER = _counts_are_right()
+_TRUSTED = True
+_TRUSTED = _counts_are_right()

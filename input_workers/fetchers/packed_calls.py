@@ -1,4 +1,4 @@
-"""Calls of a function that returns few rows at a time: many small chunks go in, one comes out. Runs in a worker process."""
+"""Calls of a function that returns few rows at a time, whose small chunks are sent as one. Runs in a worker process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from input_workers.fetchers.call_account import CallAccount, CallReport
+from input_workers.fetchers.frames import INLINE, Link
 from input_workers.packed_rows import BLOCK_ROWS, PACK_BELOW_NBYTES, PackedRows
 
 if TYPE_CHECKING:
@@ -31,75 +33,73 @@ class PackedCalls:
     Args:
         fetch: the function.
         worker_id: its first argument.
-        send: sends packed rows, and how long their calls took.
-        took: told how long those calls took of which `next` returns what came, or raises it.
+        link: to the parent, for rows that are sent late.
+        account: of the calls' times.
     """
 
     # Invariant under _lock: `_rows` holds rows of calls that have returned and were not sent; `_owed` says that an answer is
-    # owed, which whoever sends it takes.
+    # owed, until one of the two threads sends it.
 
-    def __init__(
-        self,
-        fetch: Callable[[int, int], Any],
-        worker_id: int,
-        send: Callable[[Sequence[NDArray[Any]], float], None],
-        took: Callable[[float], object],
-    ) -> None:
+    def __init__(self, fetch: Callable[[int, int], Any], worker_id: int, link: Link, account: CallAccount) -> None:
         self._fetch = fetch
         self._worker_id = worker_id
-        self._send = send
-        self._took = took
+        self._link = link
+        self._account = account
         self._lock = threading.Lock()
         self._rows = PackedRows()
         self._layout: list[tuple[np.dtype[Any], tuple[int, ...]]] = []
         self._owed = False
         self._seconds = 0.0
-        self._kept: list[tuple[Callable[[], Any], float]] = []  # what is to be the next answer, and how long its call took
+        self._kept: tuple[Any, BaseException | None, float] | None = None  # result or error of a call, and its seconds
         self._packing = threading.Event()
         self._late: threading.Thread | None = None
 
     def next(self, batch_size: int) -> Any:
         """Return the next answer, or SENT. Raises what the function raises."""
-        if self._kept:
-            answer, seconds = self._kept.pop()
-            self._took(seconds)
-            return answer()
+        if self._kept is not None:
+            self._account.took(self._kept[2])
+        else:
+            packed = self._pack(batch_size)
+            if packed is not None:
+                return packed
+        assert self._kept is not None  # noqa: S101  no rows come before this call's
+        (result, error, _), self._kept = self._kept, None
+        if error is not None:
+            raise error
+        return result
+
+    def _pack(self, batch_size: int) -> Any:
+        """Make calls, and return their rows, or SENT; None: there are none. Keeps any other result."""
         started = before = time.monotonic()
         with self._lock:
             self._owed = True
         while True:
+            result: Any = None
+            error: BaseException | None = None
             try:
                 result = self._fetch(self._worker_id, batch_size)
-            except BaseException as error:
-                answer = self._raising(error)
-                break
+            except BaseException as raised:
+                error = raised
             now = time.monotonic()
-            rows = self._rows_of(result)
+            layout = _layout_of(result)
             with self._lock:
-                if rows and self._owed and (not self._rows.rows or self._layout_of(result) == self._layout):
-                    if not self._rows.rows:
-                        self._layout = self._layout_of(result)
-                    self._rows.add(result, rows)
+                if layout and self._owed and (not self._rows.rows or layout == self._layout):
+                    self._layout = layout
+                    self._rows.add(result, len(result[0]))
                     self._seconds = now - started
-                    if self._rows.rows < BLOCK_ROWS and now - started < PACK_SECONDS:
-                        if self._late is None or not self._packing.is_set():
-                            self._watch()
-                        before = now
-                        continue
+                    if self._rows.rows >= BLOCK_ROWS or self._seconds >= PACK_SECONDS:
+                        return self._take()
+                    self._watch()
+                    before = now
+                    continue
+                self._kept = result, error, now - before  # of the last call; those before it have returned rows
+                if not self._owed:
+                    return SENT  # those rows, in this one's place
+                if self._rows.rows:
+                    self._account.took(before - started)
                     return self._take()
-            answer = _returning(result)
-            break
-        seconds = time.monotonic() - before  # of the last call; those before it have returned rows
-        with self._lock:
-            if self._owed and self._rows.rows:
-                self._kept.append((answer, seconds))
-                self._took(before - started)
-                return self._take()
-            owed, self._owed = self._owed, False
-        if owed:
-            return answer()
-        self._kept.append((answer, seconds))  # the rows before it were sent late, in this one's place
-        return SENT
+                self._owed = False
+                return None
 
     def _take(self) -> Sequence[NDArray[Any]]:
         """Return the packed rows as the answer. The lock is held."""
@@ -114,7 +114,8 @@ class PackedCalls:
         if self._late is None:
             self._late = threading.Thread(target=self._send_late, name="late-rows", daemon=True)
             self._late.start()
-        self._packing.set()
+        if not self._packing.is_set():
+            self._packing.set()
 
     def _send_late(self) -> None:
         while self._packing.wait():
@@ -122,32 +123,21 @@ class PackedCalls:
             with self._lock:
                 if not self._owed or not self._rows.rows or not self._packing.is_set():
                     continue
-                arrays, seconds = self._take(), self._seconds
+                # What the function's thread counts is told with its next answer.
+                report: CallReport = self._seconds, 0.0, 0.0, 0.0, (), ()
                 try:
-                    self._send(arrays, seconds)
+                    self._link.send((INLINE, self._take(), report))
                 except OSError:  # the parent is gone, as the other thread will see
                     return
 
-    def _raising(self, error: BaseException) -> Callable[[], Any]:
-        def answer() -> Any:
-            raise error
 
-        return answer
-
-    def _rows_of(self, result: Any) -> int:
-        """Return the rows of a small chunk; 0 if it is none."""
-        if type(result) not in (list, tuple) or not result:
-            return 0
-        if not all(type(array) is np.ndarray and array.ndim and not array.dtype.hasobject for array in result):
-            return 0
-        if sum(array.nbytes for array in result) >= PACK_BELOW_NBYTES:
-            return 0
-        rows = {len(array) for array in result}
-        return rows.pop() if len(rows) == 1 else 0
-
-    def _layout_of(self, result: Sequence[NDArray[Any]]) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
-        return [(array.dtype, array.shape[1:]) for array in result]
-
-
-def _returning(result: Any) -> Callable[[], Any]:
-    return lambda: result
+def _layout_of(result: Any) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+    """Return what a row of a small chunk looks like; empty if it is none."""
+    if type(result) not in (list, tuple) or not result:
+        return []
+    if not all(type(array) is np.ndarray and array.ndim and not array.dtype.hasobject for array in result):
+        return []
+    rows = {len(array) for array in result}
+    if len(rows) > 1 or not rows.pop() or sum(array.nbytes for array in result) >= PACK_BELOW_NBYTES:
+        return []
+    return [(array.dtype, array.shape[1:]) for array in result]

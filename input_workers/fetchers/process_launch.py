@@ -1,4 +1,4 @@
-"""A worker process: started in one of three ways, watched by a descriptor, ended and reaped; what becomes of it in words."""
+"""A worker process: started in one of three ways, watched by a descriptor, ended and reaped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from collections.abc import Sequence
 
 from input_workers.errors import ConfigError
 from input_workers.fetchers import StartMethod
-from input_workers.fetchers.fork_server import command, fork_server, worker_environment
+from input_workers.fetchers.fork_server import (
+    command,
+    fill_standard_descriptors,
+    fork_server,
+    import_path,
+    standard_stream,
+    worker_environment,
+)
 from input_workers.fetchers.frames import Link
 from input_workers.fetchers.process_child import STACK_SIGNAL, main
 
@@ -58,6 +65,7 @@ class WorkerProcess:
         self.pid = 0
         self.status: int | None = None
         try:
+            fill_standard_descriptors()
             ours, theirs = socket.socketpair()
             opened += [ours.fileno(), theirs.fileno()]
             life_read, life_write = os.pipe()
@@ -71,7 +79,7 @@ class WorkerProcess:
                 self.pid, self.ended = fork_server.fork([theirs.fileno(), life_read, out_write, error_write], preload)
             elif start == "spawn":
                 self._popen = subprocess.Popen(  # noqa: S603  ourselves
-                    command("process_child.main", theirs.fileno(), life_read, list(sys.path)),
+                    command("process_child.main", theirs.fileno(), life_read, import_path()),
                     pass_fds=[theirs.fileno(), life_read],
                     stdin=subprocess.DEVNULL,
                     stdout=out_write,
@@ -121,10 +129,7 @@ class WorkerProcess:
             os.close(stdout)
             os.close(stderr)
             # Whatever the parent's have buffered is the parent's.
-            sys.stdout, sys.stderr = (
-                open(number, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
-                for number in (1, 2)
-            )
+            sys.stdout, sys.stderr = standard_stream(1), standard_stream(2)
             main(end, life, sys.path)
         finally:
             os._exit(1)
@@ -192,7 +197,7 @@ class WorkerProcess:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def end_in_words(self) -> str:
+    def describe_exit(self) -> str:
         """Return how it ended: "was killed by SIGKILL (out of memory?)", "exited with code 3"."""
         status = self.status
         if status is None:

@@ -8,56 +8,61 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 from typing import Any
 
-from input_workers.contracts import FetchRequest
-from input_workers.errors import ConfigError, Failure
+from input_workers.errors import ConfigError
+from input_workers.fetchers import Processes
+from input_workers.fetchers.context import FetchContext
+from input_workers.fetchers.fetch_loop import fetch_loop
+from input_workers.fetchers.fetcher import Fetcher
 from input_workers.fetchers.process_launch import refuse_fork_beside_threads
 from input_workers.fetchers.threads import ThreadFetchers, stack_of
 from input_workers.fetchers.worker_calls import WorkerCalls
+from input_workers.fetchers.worker_job import WorkerSettings
 from input_workers.fetchers.worker_output import WorkerOutput
-from input_workers.fetchers.worker_settings import WorkerSettings
 from input_workers.metrics.fetcher_recorder import FetcherRecorder
 
 __all__ = ["ProcessFetchers", "pickled"]
 
 
-class ProcessFetchers:
+class ProcessFetchers(ThreadFetchers):
     """Runs the fetch loop in threads whose calls are made in worker processes.
 
+    The process of a fetcher that rests has ended; but that of a plain function, which may be amid its data, waits.
+
     Args:
-        recorders: one for each fetcher.
-        resting: of further ones, that rest at first.
-        settings: shared by all workers.
-        loop: the fetch loop of a fetcher, given what another was at, or None, and its calls; as for `ThreadFetchers`.
-        fail: told a failure and its request.
-        on_end: called in the last fetcher to end.
-        unfinished: whether one that rests may have something left.
+        options: how processes are started.
+        context, recorders, resting, on_end: as for ThreadFetchers.
+
+    Raises:
+        ConfigError: the function cannot be sent to processes.
     """
+
+    watches_calls = False  # each thread watches the calls of its worker
 
     def __init__(
         self,
+        options: Processes,
+        context: FetchContext,
         recorders: Sequence[FetcherRecorder],
         resting: Sequence[FetcherRecorder],
-        settings: WorkerSettings,
-        loop: Callable[[FetcherRecorder, Any, WorkerCalls], bool],
-        fail: Callable[[Failure, FetchRequest | None], object],
         on_end: Callable[[], None],
-        unfinished: Callable[[], bool],
     ) -> None:
-        self._settings = settings
-        self._output = WorkerOutput(settings.source)
-        self._calls = {recorder.worker_id: WorkerCalls(settings, recorder.worker_id, self._output) for recorder in recorders}
-        self._loop = loop
-        self._on_end = on_end
+        super().__init__(context, recorders, resting, on_end)
+        calls, init = context.calls, options.worker_init_fun
+        self._settings = WorkerSettings(
+            context,
+            options,
+            pickled(calls.function, "the source's fetch" if calls.is_stream else "the fetch function"),
+            None if init is None else pickled(init, "worker_init_fun"),
+            WorkerOutput(context.source),
+        )
+        self._calls = {each.worker_id: WorkerCalls(self._settings, each.worker_id) for each in recorders}
         # Workers that have a process and no thread that serves it: those that rest, and one that is just being added.
         self._waiting: set[int] = set()
         self._is_shut_down = False
-        self._threads = ThreadFetchers(
-            settings.source, recorders, resting, self._serve, fail, self._ended, unfinished, None, prepare=self._launch
-        )
 
     def start(self) -> None:
         """Start every process, or none. Raises ConfigError: fork beside threads; OSError: a limit of the system."""
-        if self._settings.start == "fork":
+        if self._settings.options.start_method == "fork":
             refuse_fork_beside_threads()
         try:
             for number, calls in enumerate(self._calls.values(), 1):
@@ -66,93 +71,75 @@ class ProcessFetchers:
                 except OSError as error:
                     raise OSError(
                         error.errno,
-                        f"source {self._settings.source!r}: worker process {number} of {len(self._calls)} cannot be started: "
+                        f"source {self.context.source!r}: worker process {number} of {len(self._calls)} cannot be started: "
                         f"{error.strerror or error} ({_limits()})",
                     ) from error
-            self._output.start()
-            self._threads.start()
+            self._settings.output.start()
+            super().start()
         except BaseException:
             self.shut_down()
             deadline = time.monotonic() + UNDO_SECONDS
-            if not self._threads.join(deadline):  # those that were started serve their workers to the end
+            if not super().join(deadline):  # those that were started serve their workers to the end
                 for calls in self._calls.values():
                     calls.close()
-            self._output.stop(deadline)
+            self._settings.output.stop(deadline)
             raise
 
-    def add(self, new: Callable[[], FetcherRecorder]) -> bool:
-        """Have one more at work; see `FetcherBackend`."""
-        return self._threads.add(new)
-
-    def release(self, count: int) -> None:
-        """Ask so many to rest; see `FetcherBackend`.
-
-        The process of one that rests has ended; but that of a plain function, which may be amid its data, waits.
-        """
-        self._threads.release(count)
-
-    def at_work(self) -> list[FetcherRecorder]:
-        """Return the recorders of those that are at work, also of those that were asked to rest."""
-        return self._threads.at_work()
-
-    def _launch(self, recorder: FetcherRecorder) -> None:
+    def prepare(self, fetcher: Fetcher) -> None:
         """Start another process while the source runs, unless one waits. Raises OSError."""
-        if recorder.worker_id in self._waiting:
+        if fetcher.worker_id in self._waiting:
             return
-        calls = WorkerCalls(self._settings, recorder.worker_id, self._output)
-        self._calls[recorder.worker_id] = calls
+        calls = WorkerCalls(self._settings, fetcher.worker_id)
+        self._calls[fetcher.worker_id] = calls
         if self._is_shut_down:  # after that flag is set, whatever is in `_calls` is shut down
             calls.shut_down()
         calls.launch(beside_threads=True)
-        self._waiting.add(recorder.worker_id)  # until its thread is there: should that not start, others end the process
+        self._waiting.add(fetcher.worker_id)  # until its thread is there: should that not start, others end the process
 
-    def _serve(self, recorder: FetcherRecorder, interrupted: Any) -> bool:
-        calls = self._calls[recorder.worker_id]
-        self._waiting.discard(recorder.worker_id)
-        rests = False
+    def serve(self, fetcher: Fetcher) -> bool:
+        """Run the fetch loop, with calls that the fetcher's worker makes."""
+        calls = self._calls[fetcher.worker_id]
+        self._waiting.discard(fetcher.worker_id)
+        is_through = True
         try:
-            rests = self._loop(recorder, interrupted, calls)
+            is_through = fetch_loop(fetcher, self.context, calls)
         finally:
-            if rests and self._settings.requests is None:
-                self._waiting.add(recorder.worker_id)
+            if fetcher.released and not is_through and not calls.is_stream:
+                self._waiting.add(fetcher.worker_id)
             else:
                 calls.close()
-        return rests
+        return is_through
 
-    def _ended(self) -> None:
-        """In the last fetcher to end, whose workers have, but for those that wait: nobody may come to stop the run."""
+    def ended(self) -> None:
+        """The last fetcher has ended, and its worker too; those that wait are ended here, or they would wait for a stop."""
         for each in self._waiting:
             self._calls[each].shut_down()
         for each in self._waiting:
             self._calls[each].close()
-        self._output.stop(time.monotonic() + UNDO_SECONDS)
-        self._on_end()
+        self._settings.output.stop(time.monotonic() + UNDO_SECONDS)
+        super().ended()
 
     @property
-    def block_bytes(self) -> int:
+    def block_bytes(self) -> int:  # type: ignore[override]
         """The shared memory of all workers' chunks."""
         return sum(calls.block_bytes for calls in list(self._calls.values()))
 
-    def check_calls(self, now: float) -> float:
-        """Never: each thread watches the calls of its worker."""
-        return self._threads.check_calls(now)
-
     def shut_down(self) -> None:
-        """Have every worker end, and whoever waits for it."""
+        """Have every worker end, and those that wait for it."""
         self._is_shut_down = True
         for calls in list(self._calls.values()):
             calls.shut_down()
 
     def has_thread(self, thread: Thread) -> bool:
         """Whether this is one of the fetchers' threads."""
-        return self._threads.has_thread(thread) or thread is self._output.thread
+        return super().has_thread(thread) or thread is self._settings.output.thread
 
     def join(self, deadline: float) -> list[tuple[str, str]]:
         """End the workers, killing those that are in a call; return (name, stack) of threads that did not end in time."""
         self.shut_down()
-        stuck = self._threads.join(deadline)
+        stuck = super().join(deadline)
         if not stuck:
-            stuck = [(thread.name, stack_of(thread)) for thread in self._output.stop(deadline)]
+            stuck = [(thread.name, stack_of(thread)) for thread in self._settings.output.stop(deadline)]
         return stuck
 
 

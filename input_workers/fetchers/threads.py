@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from input_workers.contracts import FetchRequest
-from input_workers.errors import Failure, FetchTimeout, SourceFailed
+from input_workers.errors import Failure, SourceFailed
+from input_workers.fetchers.context import FetchContext
+from input_workers.fetchers.fetch_loop import fetch_loop
+from input_workers.fetchers.fetcher import Fetcher
+from input_workers.fetchers.recovery import Attempt
+from input_workers.fetchers.watchdog import Watchdog
 from input_workers.lifecycle import seconds_left
 from input_workers.metrics.fetcher_recorder import FetcherRecorder
+from input_workers.metrics.timed import fetcher_here
 
 __all__ = ["ThreadFetchers", "join_threads", "stack_of"]
 
@@ -35,116 +38,146 @@ def join_threads(threads: Sequence[threading.Thread], deadline: float) -> list[t
 
 
 class ThreadFetchers:
-    """Runs the fetch loop in daemon threads.
+    """Runs the fetch loop in daemon threads. Other backends are subclasses: their threads serve those who make the calls.
+
+    A fetcher that is released finishes its call, delivers it, and rests: it has not finished its data. It is at work again
+    when more are needed, or when no other is at work and something may be left of what it was at. The data end when none is
+    at work then.
 
     Args:
-        source: the name, for errors and thread names.
+        context: what the fetchers share.
         recorders: one for each fetcher.
         resting: of further ones, that rest at first.
-        loop: the fetch loop of a fetcher, given what another was at, or None; returns whether it was released, and has
-            neither finished its data nor failed. It never raises.
-        fail: told a call that runs longer than `fetch_timeout_s`, and its request.
         on_end: called in the last fetcher to end.
-        unfinished: whether one that rests may have something left; asked when nobody is at work. Takes no lock.
-        fetch_timeout_s: how long a call may take.
-        replace: given the recorder of a fetcher whose call was taken away and the failure, returns the recorder of another
-            fetcher, and what that has to do first. None: such a call fails the source.
-        prepare: called before a fetcher is at work that was not there from the beginning. May raise OSError.
     """
 
-    # Invariant under _lock: `_running` counts the fetchers whose loop has not returned, but for the abandoned ones, and those
-    # being added; `_fetchers` are the last threads of all that were ever at work, by worker, but for those whose thread has
-    # gone on as another; those of `_resting` are not at work.
-    # When `_is_over`, nothing runs and nothing will.
+    # Invariant under _lock: `_running` counts the fetchers whose loop has not returned, except abandoned ones, and those
+    # being added; `_fetchers` has the last thread of every fetcher that was ever at work, by worker, except those whose
+    # thread goes on as another; those of `_resting` are not at work. When `_is_over`, nothing runs and nothing will.
 
     def __init__(
         self,
-        source: str,
+        context: FetchContext,
         recorders: Sequence[FetcherRecorder],
         resting: Sequence[FetcherRecorder],
-        loop: Callable[[FetcherRecorder, Any], bool],
-        fail: Callable[[Failure, FetchRequest | None], object],
         on_end: Callable[[], None],
-        unfinished: Callable[[], bool],
-        fetch_timeout_s: float | None,
-        replace: Callable[[FetcherRecorder, Failure], tuple[FetcherRecorder, Any]] | None = None,
-        prepare: Callable[[FetcherRecorder], object] = lambda recorder: None,  # noqa: ARG005
     ) -> None:
-        self._source = source
-        self._loop = loop
-        self._fail = fail
+        self.context = context
         self._on_end = on_end
-        self._unfinished = unfinished
-        self._timeout_s = math.inf if fetch_timeout_s is None else fetch_timeout_s
-        self._replace = replace
-        self._prepare = prepare
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant, for a signal handler that stops the source
         self._running = len(recorders)
-        self._fetchers = {each.worker_id: (each, self._thread(each, None)) for each in recorders}
-        self._resting = list(resting)
+        fetchers = [Fetcher(recorder) for recorder in recorders]
+        self._fetchers = {each.worker_id: (each, self._thread(each)) for each in fetchers}
+        self._resting = [Fetcher(recorder) for recorder in resting]
         self._has_finished = False  # one of them has
         self._is_over = False
         self._earlier: list[threading.Thread] = []  # abandoned ones, and those that have just come to rest
-        self._reported: set[int] = set()  # workers whose call has failed the source
+        self._watchdog: Watchdog | None = None
+        if self.watches_calls and context.fetch_timeout_s is not None:
+            self._watchdog = Watchdog(context, self._with_threads, self._give_to_another, stack_of)
 
-    def _thread(self, recorder: FetcherRecorder, interrupted: Any) -> threading.Thread:
-        name = f"fetcher-{self._source}-{recorder.worker_id}"
-        return threading.Thread(target=self._run, args=(recorder, interrupted), name=name, daemon=True)
+    # ---- what other backends change
+
+    watches_calls = True
+    block_bytes = 0  # shared memory of chunks
+
+    def prepare(self, fetcher: Fetcher) -> None:
+        """Called before a fetcher is at work that was not there from the beginning. May raise OSError."""
+
+    def serve(self, fetcher: Fetcher) -> bool:
+        """Run the fetch loop of a fetcher; return whether it is through: its data have ended, or it has failed."""
+        return fetch_loop(fetcher, self.context, self.context.calls)
+
+    def ended(self) -> None:
+        """The last fetcher has ended."""
+        self._on_end()
+
+    def shut_down(self) -> None:
+        """No more is needed: end whatever can be ended from here, without waiting for it. Idempotent."""
+        # The loops of threads see the closed assembly by themselves.
+
+    # ---- the same for all
 
     def start(self) -> None:
         """Start every thread. If one cannot be started, those that were see the end of the run by themselves."""
         for _, thread in list(self._fetchers.values()):
             thread.start()
+        if self._watchdog is not None:
+            self._watchdog.thread.start()
 
     def add(self, new: Callable[[], FetcherRecorder]) -> bool:
-        """Have one more at work; see `FetcherBackend`."""
+        """Have one more at work: one that rests, else a new one with the recorder that `new` makes.
+
+        Returns:
+            False: there can be none, because some have finished their data, or the run has ended.
+
+        Raises:
+            OSError, RuntimeError: it cannot be started; all others go on.
+        """
         with self._lock:
             if self._is_over or (self._has_finished and not self._resting):
                 return False
             rested = self._resting.pop() if self._resting else None
             self._running += 1  # or the last to end would end it all meanwhile
-        recorder = new() if rested is None else rested
-        recorder.released = False
+        fetcher = Fetcher(new()) if rested is None else rested
+        fetcher.released = False
         try:
-            self._prepare(recorder)
-            thread = self._thread(recorder, None)
-            self._put(recorder, thread)
+            self.prepare(fetcher)
+            thread = self._thread(fetcher)
+            self._put(fetcher, thread)
             thread.start()
         except (OSError, RuntimeError) as error:
-            # Whoever rests has begun its data. If nobody is left who could go on with them, they are lost.
-            if self._ended(rested, finished=False) is not None:
-                self._fail(Failure(SourceFailed, f"source {self._source!r}: no worker can be started", error), None)
-                self._ended(None, finished=False)
+            # One that rests has begun its data. If no other is left to go on with them, they are lost.
+            if self._leave(rested, finished=False) is not None:
+                self.context.fail(Failure(SourceFailed, f"source {self.context.source!r}: no worker can be started", error))
+                self._leave(None, finished=False)
             raise
         return True
 
     def release(self, count: int) -> None:
-        """Ask so many to rest; see `FetcherBackend`."""
+        """Ask this many to rest, but never the last one; those that came last first. It is not waited for."""
         at_work = [each for each in self.at_work() if not each.released]
-        for recorder in at_work[max(1, len(at_work) - count) :]:
-            recorder.released = True
+        for fetcher in at_work[max(1, len(at_work) - count) :]:
+            fetcher.released = True
 
-    def at_work(self) -> list[FetcherRecorder]:
-        """Return the recorders of those that are at work, also of those that were asked to rest."""
+    def at_work(self) -> list[Fetcher]:
+        """Return the fetchers that are at work, also those that were asked to rest."""
         with self._lock:
             resting = {id(each) for each in self._resting}
             fetchers = list(self._fetchers.values())
         return [each for each, thread in fetchers if thread.is_alive() and id(each) not in resting]
 
-    def _run(self, recorder: FetcherRecorder, interrupted: Any) -> None:
-        following: FetcherRecorder | None = recorder
+    def has_thread(self, thread: threading.Thread) -> bool:
+        """Whether this is one of the fetchers, which then must not wait for its own end."""
+        return thread in self._threads()
+
+    def join(self, deadline: float) -> list[tuple[str, str]]:
+        """Wait until the threads that were started end, or the deadline; return (name, stack) of those still running."""
+        return join_threads([thread for thread in self._threads() if thread.ident is not None], deadline)
+
+    def _thread(self, fetcher: Fetcher) -> threading.Thread:
+        name = f"fetcher-{self.context.source}-{fetcher.worker_id}"
+        return threading.Thread(target=self._run, args=(fetcher,), name=name, daemon=True)
+
+    def _run(self, fetcher: Fetcher) -> None:
+        following: Fetcher | None = fetcher
         while following is not None:
-            recorder = following
-            rests = self._loop(recorder, interrupted)
-            if recorder.abandoned:  # the one in its place goes on
+            fetcher = following
+            fetcher.recorder.begin_work()
+            try:
+                with fetcher_here(fetcher.recorder):
+                    is_through = self.serve(fetcher)
+            finally:
+                fetcher.recorder.end_work()
+            if fetcher.abandoned:  # the one in its place goes on
                 return
-            interrupted = None
-            following = self._ended(recorder if rests else None, finished=not rests)
+            rests = fetcher.released and not is_through
+            following = self._leave(fetcher if rests else None, finished=not rests)
             if following is not None:
                 self._take_up(following)
 
-    def _ended(self, rests: FetcherRecorder | None, *, finished: bool) -> FetcherRecorder | None:
-        """A fetcher is no longer at work; return one that is to be, because nobody else is, or None."""
+    def _leave(self, rests: Fetcher | None, *, finished: bool) -> Fetcher | None:
+        """A fetcher is no longer at work; return one that is to be, because no other is, or None."""
         with self._lock:
             self._running -= 1
             if rests is not None:
@@ -152,76 +185,47 @@ class ThreadFetchers:
             self._has_finished = self._has_finished or finished
             if self._running:
                 return None
-            if self._resting and self._unfinished():
+            if self._resting and self.context.has_pending_work:
                 self._running = 1
                 return self._resting.pop(0)
             self._is_over = True
-        self._on_end()
+        self.ended()
         return None
 
-    def _take_up(self, recorder: FetcherRecorder) -> None:
+    def _take_up(self, fetcher: Fetcher) -> None:
         """Go on in this thread as another fetcher, which rested."""
-        recorder.released = False
-        self._put(recorder, threading.current_thread())
+        fetcher.released = False
+        self._put(fetcher, threading.current_thread())
         try:
-            self._prepare(recorder)
+            self.prepare(fetcher)
         except OSError as error:
-            text = f"source {self._source!r}, worker {recorder.worker_id}: it has rested, and cannot be started again"
-            self._fail(Failure(SourceFailed, text, error), None)  # which closes the queue: its loop will see that
+            text = f"source {self.context.source!r}, worker {fetcher.worker_id}: it has rested, and cannot be started again"
+            self.context.fail(Failure(SourceFailed, text, error))  # which closes the assembly: its loop will see that
 
-    def _put(self, recorder: FetcherRecorder, thread: threading.Thread) -> None:
+    def _give_to_another(self, fetcher: Fetcher, failure: Failure) -> None:
+        """A fetcher's call took too long and was taken away: start another fetcher that goes on with it."""
+        other = Fetcher(self.context.recorder.fetcher(fetcher.worker_id))
+        other.request = fetcher.request
+        other.attempt = fetcher.attempt or Attempt(self.context.policy, fetcher.request)
+        other.resumes = failure.exception()
+        self.context.recorder.count_restart()
+        thread = self._thread(other)
+        self._put(other, thread)
+        thread.start()
+
+    def _put(self, fetcher: Fetcher, thread: threading.Thread) -> None:
         with self._lock:
-            _, before = self._fetchers.get(recorder.worker_id, (None, thread))
+            _, before = self._fetchers.get(fetcher.worker_id, (None, thread))
             self._earlier = [each for each in (*self._earlier, before) if each.is_alive() and each is not thread]
             # A thread that goes on as another fetcher is no longer the one that it was.
             self._fetchers = {key: each for key, each in self._fetchers.items() if each[1] is not thread}
-            self._fetchers[recorder.worker_id] = recorder, thread
+            self._fetchers[fetcher.worker_id] = fetcher, thread
 
-    def check_calls(self, now: float) -> float:
-        """Fail the source, or replace the fetcher, for a call that runs too long; return when to look again."""
-        if self._timeout_s == math.inf:
-            return math.inf
-        # A call that begins while nobody looks is found in time by looking once a timeout.
-        look_again = now + self._timeout_s
+    def _with_threads(self) -> list[tuple[Fetcher, threading.Thread]]:
         with self._lock:
-            fetchers = list(self._fetchers.values())
-        for recorder, thread in fetchers:
-            due = recorder.call_started + self._timeout_s
-            if due > now:
-                look_again = min(look_again, due)
-            elif thread.is_alive() and recorder.worker_id not in self._reported:
-                self._end_call(recorder, thread, now)
-        return look_again
-
-    def _end_call(self, recorder: FetcherRecorder, thread: threading.Thread, now: float) -> None:
-        stack, request = stack_of(thread), recorder.request
-        where = "" if request is None else f", request {request.index}"
-        failure = Failure(
-            FetchTimeout,
-            f"source {self._source!r}, worker {recorder.worker_id}{where}: a call has run for over "
-            f"{self._timeout_s:g} s (fetch_timeout_s), and a thread cannot be killed; it is in\n{stack}",
-        )
-        if self._replace is None:
-            self._reported.add(recorder.worker_id)
-            recorder.count_error(FetchTimeout.__name__)
-            self._fail(failure, request)
-        elif recorder.abandon(now - self._timeout_s):
-            other, interrupted = self._replace(recorder, failure)
-            replacement = self._thread(other, interrupted)
-            self._put(other, replacement)
-            replacement.start()
-
-    def has_thread(self, thread: threading.Thread) -> bool:
-        """Whether this is one of the fetchers."""
-        return thread in self._threads()
-
-    def shut_down(self) -> None:
-        """Nothing: the loops see the closed queue by themselves."""
-
-    def join(self, deadline: float) -> list[tuple[str, str]]:
-        """Wait for the threads that were started; return (name, stack) of those still running."""
-        return join_threads([thread for thread in self._threads() if thread.ident is not None], deadline)
+            return list(self._fetchers.values())
 
     def _threads(self) -> list[threading.Thread]:
         with self._lock:
-            return [*self._earlier, *(thread for _, thread in self._fetchers.values())]
+            threads = [*self._earlier, *(thread for _, thread in self._fetchers.values())]
+        return threads if self._watchdog is None else [*threads, self._watchdog.thread]

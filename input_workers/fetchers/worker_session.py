@@ -1,7 +1,6 @@
-"""One worker process, spoken to by the thread that serves it: calls and blocks go there, answers come back.
+"""One worker process, as the thread that serves it sees it: calls are sent, each with an extent for its answer, and answered.
 
-The block for an answer is granted when the chunk before it has been put, so that a source has at most as many blocks as
-fetchers and waiting chunks.
+An extent belongs to its call until the answer comes: a chunk in it is lent on, and any other answer gives it back.
 """
 
 from __future__ import annotations
@@ -18,163 +17,175 @@ import numpy as np
 
 from input_workers.contracts import FetchRequest
 from input_workers.errors import EndOfData, WorkerDied, describe
-from input_workers.fetchers import StartMethod
-from input_workers.fetchers.frames import (
-    CALL,
-    CHUNK,
-    END,
-    ERROR,
-    GRANT,
-    INLINE,
-    NEED,
-    OTHER,
-    READY,
-    REFUSE,
-    REQUEST,
-    SPECS,
-    TRACE,
-    Frame,
-    rebuilt,
-)
+from input_workers.fetchers import StartMethod, frames
+from input_workers.fetchers.arena import Arena, Extent
+from input_workers.fetchers.frames import BadFrame, Frame, rebuilt
 from input_workers.fetchers.process_launch import WorkerProcess
-from input_workers.fetchers.worker_output import WorkerOutput
-from input_workers.fetchers.worker_settings import WorkerSettings
-from input_workers.leases import Block, BlockPool
-from input_workers.metrics.fetcher_recorder import FetcherRecorder, Told
+from input_workers.fetchers.recovery import AttemptReport, AttemptState, Skipped
+from input_workers.fetchers.worker_job import Job, WorkerSettings, process_name
+from input_workers.leases import aligned_bytes
+from input_workers.metrics.fetcher_recorder import Told as CallReport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Gone", "TooLong", "WorkerSession"]
+__all__ = ["CallTimedOut", "WorkerGone", "WorkerSession"]
 
 # A worker that is told to end gets this long; then it is killed.
 END_GRACE_SECONDS = 0.5
 # How long the stack of a stuck call, or the last words of a dead worker, are waited for.
 LAST_WORDS_SECONDS = 0.3
 
+# An array that has less than this share of its chunk's bytes is copied out of the extent: who keeps the labels of a batch
+# does not keep its pictures.
+SMALL_SHARE = 8
+
 # poll() counts milliseconds in 32 bits.
 MAX_POLL_MS = 1e9
 
 
-class Gone(Exception):
+class WorkerGone(Exception):
     """The worker has ended."""
 
 
-class TooLong(Exception):
-    """A call takes too long."""
+class CallTimedOut(Exception):
+    """A call takes longer than `fetch_timeout_s`."""
 
 
 class WorkerSession:
-    """Belongs to one thread, but for `process.link.shut_down`. `end` is its owner's duty.
+    """One worker process from its start to its end. Belongs to one thread, except for `process.link.shut_down` and `arena`.
+
+    The owner must call `end`, `end_dead` or `kill_stuck`.
 
     Args:
         settings: shared by all workers.
         worker_id: of this one.
-        output: passes on what it prints.
         start: how to start the process.
-        pool: has the blocks.
+
+    Attributes:
+        arena: the memory of its chunks.
+        has_delivered: it has answered a call with rows.
 
     Raises:
         OSError: the process cannot be started.
     """
 
-    def __init__(
-        self, settings: WorkerSettings, worker_id: int, output: WorkerOutput, start: StartMethod, pool: BlockPool
-    ) -> None:
+    def __init__(self, settings: WorkerSettings, worker_id: int, start: StartMethod) -> None:
         self.worker_id = worker_id
-        self._settings = settings
-        self._pool = pool
-        self._granted: Block | None = None
-        self._known: set[int] = set()  # numbers of blocks that it has mapped
+        self.has_delivered = False
+        self._context = settings.context
+        self._timeout_s = math.inf if self._context.fetch_timeout_s is None else self._context.fetch_timeout_s
+        self._extents: collections.deque[Extent | None] = collections.deque()  # of the calls that are not answered, in order
         self._frames: collections.deque[Frame] = collections.deque()  # that have come from it
         self._knows_specs = False
         self._traced_until = 0.0
         self._is_ready = False
-        self.process = WorkerProcess(start, settings.preload)
+        self.arena = Arena()
         try:
-            self._printed = output.add(worker_id, self.process.outputs)
+            self.process = WorkerProcess(start, settings.options.preload)
+            try:
+                self._printed = settings.output.add(worker_id, self.process.outputs)
+            except BaseException:
+                self.process.kill()
+                self.process.end(0.0)
+                raise
         except BaseException:
-            self.process.kill()
-            self.process.end(0.0)
+            self.arena.close()
             raise
         self._poll = select.poll()
         self._poll.register(self.process.link.socket, select.POLLIN)
         if self.process.ended >= 0:
             self._poll.register(self.process.ended, select.POLLIN)
-        if settings.fetch_timeout_s is not None:
-            self.process.link.limit_send(settings.fetch_timeout_s)
-        self._write(settings.job(worker_id))
+        if self._timeout_s != math.inf:
+            self.process.link.limit_send(self._timeout_s)
+        self._write((process_name(self._context.source, worker_id), Job(settings, worker_id)))
+        try:
+            self.process.link.send_descriptor(self.arena.descriptor)
+        except OSError:
+            pass  # it has died: `answer` tells
+        self.arena.close_descriptor()
 
-    def send(self, requests: Sequence[FetchRequest | None], trace_until: float = 0.0) -> None:
-        """Send calls, the specs once they are known, and a block for the next answer. It may have died: `answer` tells.
+    def send(
+        self, requests: Sequence[FetchRequest | None], trace_until: float = 0.0, state: AttemptState | None = None
+    ) -> None:
+        """Send calls, and the specs once they are known. The process may have died: `answer` tells.
 
         Args:
             requests: one for each call.
             trace_until: `time.monotonic()` when the trace that runs ends.
+            state: what is left of an attempt that another process has begun for the one request.
         """
-        settings = self._settings
-        frames: list[Frame] = []
-        if not self._knows_specs:
-            specs = settings.specs()
-            if specs is not None:
-                frames.append((SPECS, list(specs)))
-                self._knows_specs = True
+        messages: list[Frame] = []
+        specs = self._context.book.specs
+        if specs is not None and not self._knows_specs:
+            messages.append((frames.SPECS, specs))
+            self._knows_specs = True
         if trace_until > self._traced_until:
-            frames.append((TRACE, trace_until))
+            messages.append((frames.TRACE, trace_until))
             self._traced_until = trace_until
-        descriptors = self._grant_ahead(frames)
-        for request in requests:
-            if request is None:
-                frames.append((CALL, settings.function.batch_size))
+        for each in requests:
+            # How large it must be is known when the first chunk has come. Before, the worker asks for one.
+            extent = self.arena.take() if self.arena.expected_nbytes else None
+            self._extents.append(extent)
+            sent = _sent_as(extent)
+            if each is None:
+                messages.append((frames.CALL, sent, state, self._context.calls.batch_size))
             else:
-                frames.append((REQUEST, request.index, request.epoch, request.rows, request.batch_size, request.key))
-        self._write(frames, descriptors)
+                messages.append((frames.REQUEST, sent, state, each.index, each.epoch, each.rows, each.batch_size, each.key))
+        self._write(messages)
 
-    def answer(self, recorder: FetcherRecorder) -> tuple[Any, Told]:
-        """Wait for the answer to the oldest call: a result, or an exception that the function raised; and what it tells.
+    def answer(self, is_calling: bool = True) -> tuple[Any, CallReport | None]:
+        """Wait for the answer to the oldest call: a result, or an exception that the function raised; and a report.
+
+        Without a report: the call has failed, and calls are made in its place. What is returned is an AttemptReport, its
+        errors rebuilt.
+
+        Args:
+            is_calling: a call begins now; if not, the worker may take any time.
 
         Raises:
-            Gone: the worker has died.
-            TooLong: the call has.
-            WorkerDied: the worker could not begin.
+            WorkerGone: the worker has died.
+            CallTimedOut: the call takes too long.
+            WorkerDied: the worker could not begin, or has sent something that is not a frame.
         """
-        frames: list[Frame] = []
-        descriptors = self._grant_ahead(frames)
-        if frames:
-            self._write(frames, descriptors)
-        limit = self._limit()
+        limit = time.monotonic() + self._timeout_s if is_calling and self._is_ready else math.inf
         while True:
             while not self._frames:
                 self._receive(limit)
             frame = self._frames.popleft()
             kind = frame[0]
-            if kind == READY:
+            if kind == frames.READY:
                 self._is_ready = True
-                limit = self._limit()
+                limit = time.monotonic() + self._timeout_s  # what comes before the first call is none
                 continue
-            if kind == NEED:
-                self.take_back_block()
-                frames = []
-                descriptors = self._grant(frames, frame[1], is_needed=True)
-                self._write(frames, descriptors)
+            if kind == frames.NEED:
+                self._grant(frame[1])
                 continue
             if not self._is_ready:
                 raise self._cannot_begin(frame)
-            told: Told = frame[-1]
-            recorder.call_started = time.monotonic() - told[0]
-            if kind == CHUNK:
-                return self._arrays(frame), told
-            if kind == INLINE:
-                return frame[1], told
-            if kind == OTHER:
-                return self._other(frame), told
-            if kind == END:
-                return EndOfData(), told
-            assert kind == ERROR  # noqa: S101  there is no other
-            return rebuilt(frame[:-1], self._who()), told
+            if kind == frames.ATTEMPT:
+                report: AttemptReport = frame[1]
+                skipped = [Skipped(rows, text, rebuilt(error, self._who())) for rows, text, error in report.skipped]
+                return report._replace(skipped=skipped), None
+            extent = self._extents.popleft()
+            if kind == frames.CHUNK:
+                assert extent is not None  # noqa: S101  a chunk comes in the extent of its call
+                self.has_delivered = True
+                return self._arrays(extent, frame[1]), frame[-1]
+            if extent is not None:
+                self.arena.give_back(extent)
+            if kind == frames.INLINE:
+                self.has_delivered = True
+                return frame[1], frame[-1]
+            if kind == frames.OTHER:
+                return self._other(frame), frame[-1]
+            if kind == frames.END:
+                return EndOfData(), frame[-1]
+            assert kind == frames.ERROR  # noqa: S101  there is no other
+            return rebuilt(frame[:-1], self._who()), frame[-1]
 
     def _receive(self, limit: float) -> None:
-        """Wait for frames. Raises Gone; TooLong: none came in time."""
+        """Wait for frames. Raises WorkerGone; CallTimedOut: none came in time; WorkerDied: what came is not a frame."""
         link = self.process.link
         while True:
             left_ms = min(max(0.0, limit - time.monotonic()) * 1000, MAX_POLL_MS)
@@ -182,60 +193,52 @@ class WorkerSession:
             if ready:
                 break
             if time.monotonic() >= limit:
-                raise TooLong
+                raise CallTimedOut
         if any(descriptor == self.process.ended for descriptor, _ in ready):
             link.shut_down()  # a process that it started may hold the pipe open
         try:
             self._frames += link.receive_now()
         except (EOFError, OSError) as error:
-            raise Gone from error
+            raise WorkerGone from error
+        except BadFrame as error:
+            # Where the next frame begins cannot be known any more.
+            self.process.kill()
+            raise WorkerDied(
+                f"source {self._context.source!r}, worker {self.worker_id}: process {self.process.pid} was killed: its pipe "
+                f"to the trainer must carry frames, got {error}; does the fetch function write to a descriptor that it did "
+                "not open?"
+            ) from error
 
-    def _limit(self) -> float:
-        """Return until when to wait for an answer. What comes before the first call is none."""
-        if self._settings.fetch_timeout_s is None or not self._is_ready:
-            return math.inf
-        return time.monotonic() + self._settings.fetch_timeout_s
+    def _grant(self, nbytes: int) -> None:
+        """Replace the extent of the oldest call, which needs `nbytes`."""
+        extent = self._extents[0]
+        if extent is not None:
+            self.arena.give_back(extent)
+        self._extents[0] = extent = self.arena.take(nbytes)
+        self._write([(frames.GRANT, _sent_as(extent))])
 
-    def _grant_ahead(self, frames: list[Frame]) -> list[int]:
-        """Grant a block, if none is and it is known how large; see `_grant`."""
-        return self._grant(frames, 0, is_needed=False) if self._granted is None and self._pool.nbytes else []
-
-    def _grant(self, frames: list[Frame], nbytes: int, is_needed: bool) -> list[int]:
-        """Add the frame that grants a block, or says why none can be; return the descriptors to send after it."""
+    def _write(self, messages: Any) -> None:
         try:
-            block = self._pool.take(nbytes)
-        except OSError as error:
-            note = " ".join(getattr(error, "__notes__", ()))
-            frames.append((REFUSE, error.errno, f"{error.strerror}; {note}", is_needed))
-            return []
-        self._granted = block
-        is_new = block.number not in self._known
-        self._known.add(block.number)
-        gone = [self._pool.gone.popleft() for _ in range(len(self._pool.gone))]
-        gone = [number for number in gone if number in self._known]
-        self._known.difference_update(gone)
-        frames.append((GRANT, block.number, block.nbytes, is_new, is_needed, gone))
-        return [block.descriptor] if is_new else []
-
-    def _write(self, frames: Any, descriptors: Sequence[int] = ()) -> None:
-        try:
-            self.process.link.send(frames, descriptors)
+            self.process.link.send(messages)
         except OSError:
             pass  # it has died; what it answered before comes first, then the end
 
-    def _arrays(self, frame: Frame) -> list[NDArray[Any]]:
-        """Return the chunk's arrays, in the block that was granted; it comes back when the last of them dies."""
-        _, number, layout, _ = frame
-        block, self._granted = self._granted, None
-        assert block is not None  # noqa: S101  answers come in granted blocks
-        assert block.number == number  # noqa: S101
-        base = self._pool.lease(block)
-        arrays, used = [], 0
-        for shape, dtype, offset in layout:
-            nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            arrays.append(base[offset : offset + nbytes].view(dtype).reshape(shape) if nbytes else np.empty(shape, dtype))
-            used = offset + nbytes
-        self._pool.used(used)
+    def _arrays(self, extent: Extent, layout: Sequence[tuple[tuple[int, ...], np.dtype[Any], int]]) -> list[NDArray[Any]]:
+        """Return the chunk's arrays, in its extent, which comes back when the last of them dies."""
+        sizes = [int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype, _ in layout]
+        used = max(offset + nbytes for (_, _, offset), nbytes in zip(layout, sizes, strict=True))
+        base = self.arena.lease(extent, used)
+        arrays = []
+        for (shape, dtype, offset), nbytes in zip(layout, sizes, strict=True):
+            if not nbytes:
+                arrays.append(np.empty(shape, dtype))
+                continue
+            values = base[offset : offset + nbytes]
+            if nbytes * SMALL_SHARE < used:
+                copied = aligned_bytes(nbytes)  # a batch is lent on only if all of its arrays are aligned
+                copied[:] = values
+                values = copied
+            arrays.append(values.view(dtype).reshape(shape))
         return arrays
 
     def _other(self, frame: Frame) -> Any:
@@ -251,7 +254,7 @@ class WorkerSession:
     def _cannot_begin(self, frame: Frame) -> WorkerDied:
         cause = rebuilt(frame[:-1], self._who())
         died = WorkerDied(
-            f"source {self._settings.source!r}, worker {self.worker_id}: {self._who()} could not begin: {describe(cause)} "
+            f"source {self._context.source!r}, worker {self.worker_id}: {self._who()} could not begin: {describe(cause)} "
             "(raised by worker_init_fun, or when the fetch function was loaded there)"
         )
         died.__cause__ = cause
@@ -260,16 +263,14 @@ class WorkerSession:
     def _who(self) -> str:
         return f"worker process {self.process.pid} (worker {self.worker_id})"
 
-    def take_back_block(self) -> None:
-        """The worker does not use the granted block: it has died, or wants a larger one."""
-        block, self._granted = self._granted, None
-        if block is not None:
-            self._pool.give_back(block)
-
     def end(self) -> None:
-        """Ask the process to end, kill it if it does not in time, and free its block."""
+        """Ask the process to end, kill it if it does not in time, and free its memory. Idempotent."""
         self.process.end(END_GRACE_SECONDS)
-        self.take_back_block()
+        self.arena.close()
+        while self._extents:
+            extent = self._extents.popleft()
+            if extent is not None:
+                self.arena.give_back(extent)
 
     def end_dead(self) -> None:
         """Reap a process that has died, or has closed its pipe, which is as good."""
@@ -288,3 +289,8 @@ class WorkerSession:
     def last_words(self) -> str:
         """Return what the process, which has ended, wrote last to stderr."""
         return self._printed.tail(LAST_WORDS_SECONDS)
+
+
+def _sent_as(extent: Extent | None) -> tuple[int, int, bool] | None:
+    """Return what the worker is sent of an extent."""
+    return None if extent is None else (extent.offset, extent.nbytes, extent.is_cold)

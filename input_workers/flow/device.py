@@ -1,4 +1,4 @@
-"""A device of a running source: slots come from here, go through its feed, and leave its queue as batches."""
+"""A device of a running source: batches go through its feed, and leave its queue for the trainer."""
 
 from __future__ import annotations
 
@@ -21,81 +21,132 @@ __all__ = ["Device", "Target"]
 
 
 class Target:
-    """A feed and a batch size, fixed for every slot that is begun with it; opened at the first."""
+    """A feed and a batch size, fixed for every batch that is laid out with it; opened for the first.
 
-    __slots__ = ("_batch_axes", "_make_memory", "_pool", "batch_size", "chunk_alignment", "feed", "opened")
+    Args:
+        feed: where batches go.
+        batch_size: rows of a batch.
+        batch_axes: the batch axis of each input.
+        keep_slots: free slots that are kept for the next batches.
 
-    def __init__(self, feed: DeviceFeed, batch_size: int) -> None:
+    Attributes:
+        has_own_memory: the feed makes the memory of its slots.
+        laid_out: batches that are being filled or held for it. Written by the enqueuer.
+        sent: batches that went through the feed. Written by the enqueuer.
+        received: of these, how many the trainer received, or will never receive. Written under the device queue's lock.
+    """
+
+    __slots__ = (
+        "_batch_axes", "_keep_slots", "_make_memory", "_pool", "batch_size", "chunk_alignment", "feed", "laid_out", "opened",
+        "received", "sent",
+    )  # fmt: skip
+
+    def __init__(self, feed: DeviceFeed, batch_size: int, batch_axes: Sequence[int], keep_slots: int) -> None:
         self.feed = feed
         self.batch_size = batch_size
         self.chunk_alignment: int | None = getattr(feed, "chunk_alignment", None)
         self.opened = False
-        self._batch_axes: Sequence[int] = ()
+        self.laid_out = self.sent = self.received = 0
+        self._batch_axes = tuple(batch_axes)
+        self._keep_slots = keep_slots
         self._make_memory = getattr(feed, "slot_memory", None)
         self._pool: SlotPool | None = None
 
-    def open(self, specs: Sequence[ArraySpec], batch_axes: Sequence[int], keep: int) -> None:
-        """Open the feed and make the pool of slots, of which `keep` free ones are kept; none where rows have any shape."""
+    @property
+    def has_own_memory(self) -> bool:
+        """Whether the feed makes the memory of its slots."""
+        return self._make_memory is not None
+
+    def takes_the_same_as(self, other: Target) -> bool:
+        """Whether a batch that was laid out for the other can be sent here, if its size fits."""
+        return type(self.feed) is type(other.feed)
+
+    def open(self, specs: Sequence[ArraySpec]) -> None:
+        """Open the feed and make the pool of slots; there is none where rows have any shape."""
         self.feed.open(specs, self.batch_size)
         self.opened = True
-        self._batch_axes = batch_axes
         if all(spec.is_fixed for spec in specs):
-            self._pool = SlotPool(specs, batch_axes, self.batch_size, keep, self._make_memory)
+            self._pool = SlotPool(specs, self._batch_axes, self.batch_size, self._keep_slots, self._make_memory)
 
-    def lease(self, rows: int, like: Sequence[NDArray[Any]]) -> Slot:
-        """Return an empty slot for `rows` rows as these arrays have them: one of the pool's, where it is a batch."""
+    def lease(self, rows: int, like: Sequence[NDArray[Any]] | None = None) -> Slot:
+        """Return an empty slot for `rows` rows: one of the pool's, where it is a batch, else with rows as in `like`."""
         pool = self._pool
         if pool is not None and rows == pool.rows:
             return pool.lease()
+        assert like is not None  # noqa: S101  only with rebatch=False, where the chunk shows its shape
         specs = [ArraySpec.of(array, axis) for array, axis in zip(like, self._batch_axes, strict=True)]
         return SlotPool(specs, self._batch_axes, rows, 0, self._make_memory).lease()
 
+    def forget_memory(self) -> None:
+        """Let go of the free slots; no more are leased."""
+        if self._pool is not None:
+            self._pool.keep(0)
+            self._pool = None
+
     def close(self) -> None:
         """Let go of the free slots and close the feed. Nothing is leased or sent any more."""
-        self._pool = None
+        self.forget_memory()
         self.feed.close()
 
 
 class Device:
-    """Where a source delivers. `open`, `send` and `close` belong to the enqueuer, `next_batch` to any trainer's thread.
+    """Where a source delivers. `open`, `send` and `close_retired_targets` belong to the enqueuer, `next_batch` to trainers.
 
     Args:
         name: as errors and metrics call it.
-        queue: of batches on the device.
-        target: replaced as a whole to change feed or batch size; a slot in the making keeps the one it began with.
-        make_batch: builds what the trainer gets from the device's arrays.
-        batch_axes: the batch axis of each input.
-        on_failure: told when a batch cannot be received, with its rows, unless a stop has accounted for them.
-        keep_slots: free slots that are kept for the next batches.
         number: of the device among those of its source, from 0.
+        queue: of batches on the device.
+        target: its first feed and batch size.
+        make_batch: builds what the trainer gets from the device's arrays.
+        on_failure: told when a batch cannot be received, with its rows, unless a stop has accounted for them.
+
+    Attributes:
+        retired: targets that were replaced and are not closed yet.
+        sits_out: it was given the end of the first epoch in an earlier run, and takes part from the next epoch on.
     """
 
     def __init__(
         self,
         name: str,
+        number: int,
         queue: DeviceQueue,
         target: Target,
         make_batch: Callable[[Sequence[Any]], Any],
-        batch_axes: Sequence[int],
         on_failure: Callable[[Failure, int], None],
-        keep_slots: int,
-        number: int = 0,
     ) -> None:
         self.name = name
         self.number = number
         self.queue = queue
         self.target = target
+        self.retired: list[Target] = []
+        self.sits_out = False
         self._make_batch = make_batch
-        self._batch_axes = tuple(batch_axes)
         self._on_failure = on_failure
-        self._keep_slots = keep_slots
         self._opened: list[Target] = []
         self._interrupted: list[QueuedBatch] = []  # they were delivered to a call that Ctrl-C ended
 
     def open(self, target: Target, specs: Sequence[ArraySpec]) -> None:
         """Open the target's feed; `close` will close it."""
-        target.open(specs, self._batch_axes, self._keep_slots)
+        target.open(specs)
         self._opened.append(target)
+
+    def replace_target(self, target: Target) -> None:
+        """Let the batches that are laid out from now on have another feed or batch size. Any thread may call this."""
+        before, self.target = self.target, target
+        self.retired.append(before)
+
+    def close_retired_targets(self) -> None:
+        """Give back the memory of targets that were replaced, and close their feeds when their last batch was received."""
+        for target in list(self.retired):
+            if target.laid_out:
+                continue
+            target.forget_memory()
+            # A batch that Ctrl-C took back was counted as received, and is received again.
+            if target.received >= target.sent and not self._interrupted:
+                self.retired.remove(target)
+                if target in self._opened:
+                    self._opened.remove(target)
+                    target.close()
 
     def send(self, target: Target, slot: Slot) -> bool:
         """Move the slot to the device and queue it; False: the device was stopped. There must be room."""
@@ -109,8 +160,9 @@ class Device:
             recorder.feed = so_far + now - started, math.inf
             if (trace := recorder.trace) is not None:
                 trace.enqueuer.add("send", started, now, self.name)
+        target.sent += 1
         recorder.count_sent(now)
-        return self.queue.put(QueuedBatch(ticket, target.feed, slot.filled, slot.rows, slot.epoch, slot.parts))
+        return self.queue.put(QueuedBatch(ticket, target, slot.filled, slot.rows, slot.epoch, slot.parts))
 
     def next_batch(self, timeout_s: float, as_numpy: bool = False) -> Any:
         """Return the next batch, its arrays as the feed delivers them, or as NumPy arrays.
@@ -120,20 +172,16 @@ class Device:
             EndOfData: no batch is left, in this epoch or, if raised again, at all.
             SourceFailed, FeedFailed: the source broke; the cause is the first failure.
             QueueClosed: the source was stopped.
+            LifecycleError: a signal handler has interrupted another such call in this thread.
         """
-        if self._interrupted:
-            try:
-                queued = self._interrupted.pop(0)
-            except IndexError:  # another thread was faster
-                pass
-            else:
-                return self._receive_again(queued, as_numpy)
+        if self._interrupted and (batch := self._receive_again(as_numpy)) is not None:
+            return batch
         queued = self.queue.get(timeout_s, self.name)
         batch = None
         try:
             ready = True
-            if queued.feed is not None:
-                is_ready = getattr(queued.feed, "is_ready", None)
+            if queued.target is not None:
+                is_ready = getattr(queued.target.feed, "is_ready", None)
                 ready = is_ready is None or is_ready(queued.ticket)
                 batch = self._receive(queued, as_numpy)
             self.queue.commit(queued, ready)
@@ -155,27 +203,35 @@ class Device:
         raise EndOfData(f"{self.name}: end of epoch {queued.epoch}")
 
     def _receive(self, queued: QueuedBatch, as_numpy: bool) -> Any:
-        assert queued.feed is not None  # noqa: S101  the mark at the end of an epoch is nothing to receive
-        arrays = queued.feed.receive(queued.ticket)
+        assert queued.target is not None  # noqa: S101  the mark at the end of an epoch is nothing to receive
+        feed = queued.target.feed
+        arrays = feed.receive(queued.ticket)
         if as_numpy:
-            arrays = [*map(getattr(queued.feed, "to_numpy", np.asarray), arrays)]
+            arrays = [*map(getattr(feed, "to_numpy", np.asarray), arrays)]
         batch = self._make_batch(arrays)
         batch.epoch = queued.epoch
         batch.valid_rows = queued.rows
         return batch
 
-    def _receive_again(self, queued: QueuedBatch, as_numpy: bool) -> Any:
-        """Return a batch that was counted as delivered, but did not reach the trainer."""
+    def _receive_again(self, as_numpy: bool) -> Any:
+        """Return a batch that was counted as delivered, but did not reach the trainer; None: another thread was faster."""
+        queued: QueuedBatch | None = None
         try:
-            batch = self._receive(queued, as_numpy)
+            with self.queue.lock:
+                if self._interrupted:
+                    queued = self._interrupted[0]
+                    del self._interrupted[0]
+            batch = None if queued is None else self._receive(queued, as_numpy)
         except BaseException:
-            self._interrupted.insert(0, queued)
+            if queued is not None:
+                self._interrupted.insert(0, queued)
             raise
-        self.queue.log.taken_back -= 1
+        if queued is not None:
+            self.queue.log.taken_back -= 1
         return batch
 
     def close(self) -> list[BaseException]:
-        """Close every feed that was opened; return what they raised."""
+        """Close every feed that is open; return what they raised."""
         errors: list[BaseException] = []
         for target in self._opened:
             try:

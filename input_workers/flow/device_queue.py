@@ -6,22 +6,25 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from input_workers.contracts import DeviceFeed, Part
+from input_workers.contracts import Part
 from input_workers.errors import WaitTimeout
-from input_workers.lifecycle import WakeUp
+from input_workers.lifecycle import WakeUp, refuse_inside
 from input_workers.metrics.device_recorder import DeviceRecorder
 from input_workers.progress import DeliveryLog, Progress
+
+if TYPE_CHECKING:
+    from input_workers.flow.device import Target
 
 __all__ = ["DeviceQueue", "QueuedBatch"]
 
 
 class QueuedBatch(NamedTuple):
-    """A batch on its way to the trainer. `feed` is None for the mark at the end of an epoch."""
+    """A batch on its way to the trainer. `target` is None for the mark at the end of an epoch."""
 
     ticket: Any
-    feed: DeviceFeed | None
+    target: Target | None
     rows: int  # real rows; padding is not counted
     slot_rows: int
     epoch: int
@@ -39,8 +42,10 @@ class DeviceQueue:
         asked_in_vain_since: `time.monotonic()` when a getter first found nothing, if nothing was put since then, or `inf`.
     """
 
-    # Invariant under _lock: every batch ever put is in `_batches`, in hand, delivered (counted by the recorder) or
+    # Invariant under lock: every batch ever put is in `_batches`, in hand, delivered (counted by the recorder) or
     # handed to the caller of `abort`. After `end`, nothing is put; after `abort`, nothing is delivered.
+    # The lock is re-entrant: a signal handler may stop the source while the thread that it interrupted is in here. Each
+    # step below is right if `abort` happens at any call inside it. A handler that asks for a batch is refused.
 
     def __init__(self, depth: int, wake: WakeUp, recorder: DeviceRecorder) -> None:
         self.depth = depth
@@ -49,7 +54,10 @@ class DeviceQueue:
         self.progress: Progress | None = None
         self.asked_in_vain_since = math.inf
         self._wake = wake
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
+        # With num_workers=0: makes a call of the fetch function for a getter that waits, unless it is later than the given
+        # moment. Returns None after a call, else until when to wait.
+        self.serve: Callable[[float], float | None] | None = None
         self._gates: list[threading.Lock] = []  # of getters that wait; one that has given up may still be among them
         self._batches: list[QueuedBatch] = []
         self._in_hand: dict[int, QueuedBatch] = {}  # by identity: taken, and neither committed nor put back
@@ -59,7 +67,7 @@ class DeviceQueue:
 
     def has_room(self) -> bool:
         """Whether a batch may be put; if not, a token follows when it may."""
-        with self._lock:
+        with self.lock:
             if len(self._batches) < self.depth or self._error is not None:
                 return True
             self._wants_room = True
@@ -67,7 +75,7 @@ class DeviceQueue:
 
     def put(self, batch: QueuedBatch) -> bool:
         """Add a batch, without waiting; False: the queue has ended and did not take it."""
-        with self._lock:
+        with self.lock:
             if self._error is not None:
                 return False
             self._batches.append(batch)
@@ -82,35 +90,49 @@ class DeviceQueue:
             WaitTimeout: none came in time.
             QueueClosed, EndOfData, SourceFailed, FeedFailed: the queue has ended, and nothing is left in it.
         """
+        refuse_inside(self.lock)
         batch: QueuedBatch | None = None
-        deadline: float | None = None
+        gate: threading.Lock | None = None
+        started = deadline = 0.0
+        has_served = False
         try:
-            while batch is None:
-                gate: threading.Lock | None = None
-                with self._lock:
-                    batch = self._take()
-                    if batch is None:
+            while True:
+                with self.lock:
+                    if not self._batches and gate is None:
                         gate = threading.Lock()
                         gate.acquire()
-                        self._gates.append(gate)
-                        started = time.monotonic()
-                        self.recorder.begin_wait(threading.get_ident(), started)
-                if gate is not None:
-                    deadline = started + timeout_s if deadline is None else deadline
-                    if not self._pass(gate, deadline, started):
-                        raise WaitTimeout(
-                            f"{waiting_for}: no batch within {timeout_s:g} s; nothing is lost, ask again, or look at "
-                            "stats() for who is waiting"
-                        )
+                        self._gates.append(gate)  # before looking: an end that comes from here on opens it
+                    batch = self._take()
+                if batch is not None:
+                    break
+                if gate is None:  # another getter was faster
+                    continue
+                if not started:
+                    started = time.monotonic()
+                    deadline = started + timeout_s
+                    self.recorder.begin_wait(threading.get_ident(), started)
+                wait_until: float | None = deadline
+                if self.serve is not None:  # one call is made even where no time is given
+                    wait_until = self.serve(deadline if has_served else math.inf)
+                if wait_until is None:
+                    has_served = True
+                    continue
+                if not self._pass(gate, wait_until):
+                    raise WaitTimeout(
+                        f"{waiting_for}: no batch within {timeout_s:g} s; nothing is lost, ask again, or look at "
+                        "stats() for who is waiting"
+                    )
+                gate = None
             if self._wants_room:
                 self._wants_room = False
                 self._wake.put(None)
+            if started or gate is not None:
+                self._stop_waiting(gate, started)
             return batch
         except BaseException:  # Ctrl-C may come anywhere above
             if batch is not None:
                 self.put_back(batch)
-            with self._lock:
-                self.recorder.end_wait(threading.get_ident(), time.monotonic())
+            self._stop_waiting(gate, started)
             raise
 
     def _take(self) -> QueuedBatch | None:
@@ -122,6 +144,8 @@ class DeviceQueue:
             return None
         batch = self._batches[0]
         key = id(batch)
+        if not self._batches:  # a signal handler has stopped the source at the call before
+            return None
         # No call between these lines: a signal, such as Ctrl-C, is handled at calls and jumps only.
         self._in_hand[key] = batch
         del self._batches[0]
@@ -131,19 +155,26 @@ class DeviceQueue:
         """Somebody wants a batch, and there is none."""
         self.asked_in_vain_since = min(self.asked_in_vain_since, time.monotonic())
 
-    def _pass(self, gate: threading.Lock, deadline: float, started: float) -> bool:
+    def _pass(self, gate: threading.Lock, deadline: float) -> bool:
         """Wait until the gate is opened; False: it was not, in time."""
         # Not a Condition: Ctrl-C while its `wait` takes the lock again would leave that lock in an unknown state.
-        left = deadline - started
-        passed = gate.acquire(timeout=min(left, threading.TIMEOUT_MAX)) if left > 0 else False
+        left = deadline - time.monotonic()
+        return gate.acquire(timeout=min(left, threading.TIMEOUT_MAX)) if left > 0 else gate.acquire(blocking=False)
+
+    def _stop_waiting(self, gate: threading.Lock | None, started: float) -> None:
+        """A getter waits no longer, whatever became of it."""
         now = time.monotonic()
-        with self._lock:
+        with self.lock:
             self.recorder.end_wait(threading.get_ident(), now)
-            if not passed and gate in self._gates:
+            if gate is not None and gate in self._gates:
                 self._gates.remove(gate)
-        if (trace := self.recorder.trace) is not None:
+        if (trace := self.recorder.trace) is not None and started:
             trace.whole.trainer().add("waiting for a batch", started, now)
-        return passed
+
+    def nudge(self) -> None:
+        """Let every waiting getter look again."""
+        with self.lock:
+            self._open_gates()
 
     def _open_gates(self) -> None:
         """Let every waiting getter look again. The lock is held."""
@@ -160,15 +191,17 @@ class DeviceQueue:
         """
         now = time.monotonic()
         key = id(batch)
-        with self._lock:
+        with self.lock:
             if self._aborted and self._error is not None:
                 raise self._error()
             recorder, log = self.recorder, self.log
-            is_batch = batch.feed is not None
+            is_batch = batch.target is not None
             rows = batch.rows
             if self.progress is not None:  # adding twice does no harm, should Ctrl-C come between
                 self.progress.add(log.oldest())
             entries, index, entry = log.entries, log.count % len(log.entries), (now, batch.parts, is_batch)
+            if key not in self._in_hand and self._error is not None:  # stopped by a signal handler, at a call above
+                raise self._error()
             # No call between these lines either.
             del self._in_hand[key]
             entries[index] = entry
@@ -176,35 +209,46 @@ class DeviceQueue:
             log.batches += is_batch
             recorder.rows_delivered += rows
             recorder.batches_delivered += is_batch
-            if is_batch:
+            if batch.target is not None:
+                batch.target.received += 1
                 recorder.count_taken(now)
             recorder.batches_not_ready += not ready
             recorder.mark(now)
 
     def give_up(self, batch: QueuedBatch) -> bool:
         """Drop the batch in hand, which could not be received; False: it was accounted for by an abort."""
-        with self._lock:
-            return self._in_hand.pop(id(batch), None) is not None
+        key = id(batch)
+        with self.lock:
+            if key not in self._in_hand:
+                return False
+            # No call between these lines: a signal handler may abort at one.
+            del self._in_hand[key]
+            if batch.target is not None:
+                batch.target.received += 1
+            return True
 
     def put_back(self, batch: QueuedBatch) -> bool:
         """Undo a `get` that was interrupted: the batch is the next one again. False: it is no longer in hand."""
-        with self._lock:
-            if self._in_hand.pop(id(batch), None) is None:
+        key = id(batch)
+        with self.lock:
+            if key not in self._in_hand:
                 return False
+            # No call between these lines, either.
+            del self._in_hand[key]
             self._batches.insert(0, batch)
             self._open_gates()
             return True
 
     def end(self, error: Callable[[], Exception]) -> None:
         """Once the batches that wait are gone, let every `get` raise a new `error()`. The first end stays."""
-        with self._lock:
+        with self.lock:
             if self._error is None:
                 self._error = error
             self._open_gates()
 
     def abort(self, error: Callable[[], Exception]) -> int:
         """End at once; return the rows that were waiting or in hand and will not be delivered."""
-        with self._lock:
+        with self.lock:
             rows = self._rows()
             self._error = error
             self._aborted = True
@@ -217,7 +261,7 @@ class DeviceQueue:
     @property
     def rows_waiting(self) -> int:
         """Rows in the queue or in a getter's hand."""
-        with self._lock:
+        with self.lock:
             return self._rows()
 
     def _rows(self) -> int:
@@ -240,5 +284,5 @@ class DeviceQueue:
 
     def __len__(self) -> int:
         """How many batches wait; the mark at the end of an epoch is none."""
-        with self._lock:
-            return sum(batch.feed is not None for batch in self._batches)
+        with self.lock:
+            return sum(batch.target is not None for batch in self._batches)

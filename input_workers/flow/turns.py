@@ -1,126 +1,131 @@
-"""Chunks go in as they come, and come out when it is their turn: in the order of their requests, epoch by epoch, or at once."""
+"""Whose turn it is to reserve rows: in the order of the requests, epoch by epoch, or both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
+from input_workers.contracts import FetchRequest
 
-from input_workers.contracts import Chunk, FetchRequest
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-__all__ = ["Turns", "is_end_mark", "ordinal_of"]
+    from input_workers.errors import Failure
+
+__all__ = ["Parked", "Turns"]
+
+
+class Parked(NamedTuple):
+    """A chunk that waits: for room, or for its turn. Where it is kept, nothing else refers to its arrays."""
+
+    arrays: Sequence[NDArray[Any]]
+    rows: int
+    nbytes: int
+    request: FetchRequest | None
 
 
 class Turns:
-    """Whose turn it is. Not thread-safe.
+    """The order of a Stream's requests, and the chunks that came before their turn. Not thread-safe.
 
     Args:
         ordered: in the order of the requests' ordinals, which count from 0.
-        requests_in: epoch by epoch: an epoch ends, and an end mark follows, when so many of its requests have had their
-            turn. The next epoch's wait until then.
+        requests_in: returns how many requests an epoch has in this run. With it epochs are kept apart: the requests of an
+            epoch wait until all those of the epoch before it have had their turn.
         first_epoch: the epoch of the first request.
-
-    Attributes:
-        next: the ordinal of the request whose turn it is, where they are ordered; how many have had theirs.
     """
 
-    # Parked chunks are those of `_parked`, by ordinal, all beyond `next`. `_bars` are the ends that were set, until they are
-    # called; `_bar` is the earliest that ever was.
+    # `_parked` holds chunks and failures by ordinal, all of them beyond `_next`. `_bar` is the ordinal of the earliest
+    # request that failed: nothing from there on is placed. `_announced` are the sizes of chunks that are being copied aside.
 
     def __init__(self, ordered: bool, requests_in: Callable[[int], int] | None, first_epoch: int) -> None:
         self.ordered = ordered
-        self.next = 0
         self._keeps_epochs = requests_in is not None
         self._requests_in: Callable[[int], float] = requests_in or (lambda epoch: math.inf)  # noqa: ARG005
-        self._parked: dict[int, Chunk] = {}
-        self._bars: list[tuple[int, Callable[[], object]]] = []
-        self._bar: float = math.inf
+        self._next = 0
         self._epoch = first_epoch
-        self._had = 0  # requests of this epoch that had their turn, of so many
-        self._wanted = self._requests_in(first_epoch)
+        self._passed = 0  # requests of this epoch that have had their turn
+        self._parked: dict[int, Parked] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}  # of parked and announced chunks: (weight, bytes)
+        self._failures: dict[int, Failure] = {}
+        self._bar: float = math.inf
 
-    @property
-    def matter(self) -> bool:
-        """Whether anybody has to wait for a turn."""
-        return self.ordered or self._keeps_epochs
-
-    def is_next(self, chunk: Chunk) -> bool:
-        """Whether it is this chunk's turn."""
+    def is_next(self, request: FetchRequest | None) -> bool:
+        """Whether it is this request's turn."""
+        assert request is not None  # noqa: S101  a plain function's chunks have no order
         if self.ordered:
-            return ordinal_of(chunk) == self.next
-        return not self._keeps_epochs or _epoch_of(chunk) <= self._epoch
+            return request.ordinal == self._next
+        return request.epoch <= self._epoch
 
-    def park(self, chunk: Chunk) -> None:
-        """Keep a chunk until its turn. Only where they are ordered."""
-        self._parked[ordinal_of(chunk)] = chunk
+    def is_barred(self, request: FetchRequest | None) -> bool:
+        """Whether the request comes after one that failed."""
+        assert request is not None  # noqa: S101
+        return request.ordinal >= self._bar
 
-    def enter(self, chunk: Chunk) -> list[Chunk]:
-        """It is this chunk's turn: return it, unless it has no rows, and what follows at once."""
-        entered: list[Chunk] = []
-        following: Chunk | None = chunk
-        while following is not None:
-            if following[1]:
-                entered.append(following)
-            self.next += 1
-            self._had += 1
-            entered += self.end_marks()
-            following = self._parked.pop(self.next, None) if self._parked else None
-        return entered
+    def pass_turn(self) -> list[int]:
+        """A request has had its turn; return the epochs that end with it."""
+        self._next += 1
+        self._passed += 1
+        return self.ended_epochs()
 
-    def end_marks(self) -> list[Chunk]:
-        """Return the end mark of every epoch of which no request is left; at first, of those that have none."""
-        marks: list[Chunk] = []
-        while self._had >= self._wanted:
-            marks.append(((), 0, 0, FetchRequest(-1, self._epoch, np.empty(0, np.int64))))
+    def ended_epochs(self) -> list[int]:
+        """Return the epochs of which no request is left, and go on to the one after them."""
+        ended: list[int] = []
+        while self._keeps_epochs and self._passed >= self._requests_in(self._epoch):
+            ended.append(self._epoch)
             self._epoch += 1
-            self._had = 0
-            self._wanted = self._requests_in(self._epoch)
-        return marks
+            self._passed = 0
+        return ended
 
-    def set_bar(self, ordinal: int, reached: Callable[[], object]) -> None:
-        """Nothing is to come out from this request on. `reached` is to be called when all before it have had their turn."""
-        self._bars.append((ordinal, reached))
-        self._bar = min(self._bar, ordinal)
+    def announce(self, request: FetchRequest | None, weight: int, nbytes: int) -> None:
+        """A chunk is being copied aside: its room is taken from now on."""
+        assert request is not None  # noqa: S101
+        self._sizes[request.ordinal] = weight, nbytes
 
-    def is_barred(self, chunk: Chunk) -> bool:
-        """Whether the chunk comes behind a bar."""
-        return ordinal_of(chunk) >= self._bar
+    def withdraw(self, request: FetchRequest | None) -> None:
+        """The chunk that was announced has been copied, or could not be."""
+        assert request is not None  # noqa: S101
+        self._sizes.pop(request.ordinal, None)
 
-    def reached_bars(self, ended: bool) -> list[Callable[[], object]]:
-        """Return what is to be called now, the earliest request's first, and forget it.
+    def park(self, chunk: Parked, weight: int) -> None:
+        """Keep a chunk until its turn."""
+        assert chunk.request is not None  # noqa: S101
+        self._parked[chunk.request.ordinal] = chunk
+        self._sizes[chunk.request.ordinal] = weight, chunk.nbytes
 
-        Args:
-            ended: nothing will have its turn any more.
-        """
-        if not self._bars or (self.next < self._bar and not ended):
-            return []
-        bars, self._bars = sorted(self._bars, key=itemgetter(0)), []
-        return [reached for _, reached in bars]
+    def next_parked(self) -> Parked | None:
+        """Return the parked chunk whose turn it is, which is parked no longer; None: it has not come."""
+        chunk = self._parked.pop(self._next, None)
+        if chunk is not None:
+            del self._sizes[self._next]
+        return chunk
 
     @property
-    def has_bars(self) -> bool:
-        """Whether a bar was set and not called yet."""
-        return bool(self._bars)
+    def parked(self) -> tuple[int, int]:
+        """Weight and bytes of parked and announced chunks."""
+        sizes = list(self._sizes.values())  # in one step: a signal handler may empty it between two others
+        return sum(weight for weight, _ in sizes), sum(nbytes for _, nbytes in sizes)
 
-    def give_up(self) -> list[Chunk]:
-        """Forget the parked chunks and return them."""
-        parked, self._parked = list(self._parked.values()), {}
-        return parked
+    def forget_parked(self) -> int:
+        """Forget the parked chunks; return their rows."""
+        rows = sum(chunk.rows for chunk in self._parked.values())
+        self._parked.clear()
+        self._sizes.clear()
+        return rows
 
+    def fail(self, request: FetchRequest, failure: Failure) -> None:
+        """A request failed: it is the last that is placed, if none before it fails too."""
+        self._failures[request.ordinal] = failure
+        self._bar = min(self._bar, request.ordinal)
 
-def is_end_mark(chunk: Chunk) -> bool:
-    """Whether this marks the end of an epoch."""
-    return not chunk[1]
+    @property
+    def next_has_failed(self) -> bool:
+        """Whether it is the turn of a request that failed."""
+        return self._next in self._failures
 
-
-def ordinal_of(chunk: Chunk) -> int:
-    """Return the ordinal of the chunk's request."""
-    request = chunk[3]
-    return request.ordinal if request is not None else 0
-
-
-def _epoch_of(chunk: Chunk) -> int:
-    request = chunk[3]
-    return request.epoch if request is not None else 0
+    def take_failures(self) -> list[Failure]:
+        """Return the failures since the last time, the earliest request's first."""
+        failures = [failure for _, failure in sorted(self._failures.items(), key=itemgetter(0))]
+        self._failures.clear()
+        return failures

@@ -1,4 +1,4 @@
-"""Batches that go to one device are counted, its trainer's waits summed; rates and sums come out."""
+"""Counters of one device: its batches, its trainer's waits, and their rates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DeviceRecorder:
 
     Attributes:
         batches_not_ready: counted by who receives them; 0 where a feed's copies are always done.
-        send: filling a slot and sending it, for each batch.
+        send: duration of sending, for each batch.
         sent: how many batches were queued, and the sum of the moments when they were, in seconds since `created`; replaced as
             one.
         taken: of those that were delivered.

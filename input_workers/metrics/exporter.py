@@ -1,4 +1,4 @@
-"""The numbers of all sources of a coordinator go out over HTTP, in Prometheus' format, read when somebody asks."""
+"""Metrics server: the numbers of all sources of a coordinator over HTTP, in Prometheus' format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one fetcher does goes in, as counters that it alone writes; readings of them come out."""
+"""Counters of one fetcher, written by its thread alone, and readings of them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from input_workers.contracts import FetchRequest
 from input_workers.metrics.histogram import Durations, Histogram, PartNames
 from input_workers.metrics.snapshot import WorkerStats
 from input_workers.metrics.trace import FetcherTrack, Span, Track
 
-__all__ = ["Abandoned", "FetcherRecorder", "Released", "Told", "waited"]
+__all__ = ["FetcherRecorder", "Told", "waited"]
 
 # What a worker process tells with the answer to a call: how long the function took; when the call began and ended (0: it is
 # told with the next answer); and since the answer before, its processor seconds, the parts by name, and spans for a trace.
@@ -26,24 +25,17 @@ def waited(wait: tuple[float, float], now: float) -> float:
     return ended if since == math.inf else ended + max(0.0, now - since)
 
 
-class Abandoned(BaseException):
-    """Ends a fetcher whose call took too long and was given to another. No Exception: nobody recovers from it."""
-
-
-class Released(BaseException):
-    """Ends a fetcher that was asked to rest, when all that it was dealt has been delivered."""
-
-
 class FetcherRecorder:
     """What one fetcher did. Written by that fetcher alone.
 
     Attributes:
-        rows: rows of valid chunks, counted before they are put.
-        stopped_rows: of those, rows that the closed queue did not take.
-        blocked: seconds spent waiting for room in the chunk queue, and `time.monotonic()` since it waits now, or `inf`;
+        rows: rows of valid chunks, counted before they are copied.
+        stopped_rows: of those, rows that the closed assembly did not take.
+        blocked: seconds spent waiting for room in the batches, and `time.monotonic()` since it waits now, or `inf`;
             replaced as one, so that a reader never sees the sum fall.
+        copying: seconds spent copying rows into batches, without waits for room.
         call_started: `time.monotonic()` of the running call; `inf` between calls.
-        request: what is being fetched, or None.
+        request: the number of the request that is being fetched, or None.
         calls: durations of the calls that returned, whatever it was.
         failed: how many calls raised, and their seconds: no duration, but time that was worked; replaced as one.
         parts: durations of parts of the calls, by name.
@@ -51,30 +43,22 @@ class FetcherRecorder:
         cpu: processor seconds of earlier threads and of worker processes, and of the present thread its clock (None: there
             is none) and what that showed at first.
         alive: the fetcher has begun and not ended.
-        attempt: what is fetched in place of a call that failed.
-        abandoned: its call took too long, and what it returns is discarded.
         trace: where to note what it does; None: no trace runs. Another thread may set it at any moment: look once.
-        released: it is to rest when its call has ended. Written by its backend.
     """
 
-    # Invariant under _claim: a call that `abandon` has taken away never ends; one that has ended is not taken away.
-
     __slots__ = (
-        "_claim", "_part_names", "abandoned", "alive", "attempt", "blocked", "call_started", "calls", "cpu", "errors",
-        "failed", "parts", "released", "request", "rows", "stopped_rows", "trace", "worked", "worker_id",
+        "_part_names", "alive", "blocked", "call_started", "calls", "copying", "cpu", "errors", "failed", "parts", "request",
+        "rows", "stopped_rows", "trace", "worked", "worker_id",
     )  # fmt: skip
 
     def __init__(self, worker_id: int, part_names: PartNames | None = None) -> None:
-        self._claim = threading.Lock()
-        self.abandoned = False
-        self.released = False
-        self.attempt: Any = None
         self.worker_id = worker_id
         self.rows = 0
         self.stopped_rows = 0
         self.blocked = (0.0, math.inf)
+        self.copying = 0.0
         self.call_started = math.inf
-        self.request: FetchRequest | None = None
+        self.request: int | None = None
         self.calls = Histogram()
         self.failed = (0, 0.0)
         self.errors: dict[str, int] = {}
@@ -112,10 +96,10 @@ class FetcherRecorder:
         self.worked = waited(self.worked, time.monotonic()), math.inf
 
     def busy_seconds(self, now: float) -> float:
-        """Return the seconds inside calls, those that raised and the one that runs among them."""
-        call_started = math.inf if self.abandoned else self.call_started
+        """Return the seconds inside calls, those that raised and the one that runs among them, and of copying rows."""
+        call_started = self.call_started
         running = 0.0 if call_started == math.inf else max(0.0, now - call_started)
-        return self.calls.seconds() + self.failed[1] + running
+        return self.calls.seconds() + self.failed[1] + self.copying + running
 
     def call_count(self) -> int:
         """Return how many calls have come back, with a result or an exception."""
@@ -132,23 +116,11 @@ class FetcherRecorder:
             return ended
 
     def end_call(self, failed: bool = False) -> None:
-        """A call has returned or, if it has `failed`, raised. Raises Abandoned if nobody waits for it any more."""
-        with self._claim:
-            if self.abandoned:
-                raise Abandoned
-            if failed:
-                calls, seconds = self.failed
-                self.failed = calls + 1, seconds + max(0.0, time.monotonic() - self.call_started)
-            self.call_started = math.inf
-
-    def abandon(self, overdue_since: float) -> bool:
-        """Take the running call away from the fetcher if it was begun before; False: it has ended, or was begun later."""
-        with self._claim:
-            if self.abandoned or self.call_started > overdue_since:
-                return False
-            self.abandoned = True
-            self.worked = waited(self.worked, self.call_started), math.inf  # this call is nobody's time
-            return True
+        """A call has returned or, if it has `failed`, raised."""
+        if failed and self.call_started != math.inf:
+            calls, seconds = self.failed
+            self.failed = calls + 1, seconds + max(0.0, time.monotonic() - self.call_started)
+        self.call_started = math.inf
 
     def count_error(self, name: str) -> None:
         """Count a failed call by the name of its error."""
@@ -160,7 +132,7 @@ class FetcherRecorder:
         rows, errors = (before.rows, before.errors) if before is not None else (0, 0)
         state: Literal["fetching", "blocked", "idle", "ended"] = "idle"
         since = math.inf
-        if not self.alive or self.abandoned:
+        if not self.alive:
             state, request = "ended", None
         elif call_started != math.inf:
             state, since = "fetching", call_started
@@ -169,7 +141,7 @@ class FetcherRecorder:
         return WorkerStats(
             state,
             max(0.0, now - since) if since != math.inf else 0.0,
-            request.index if request is not None else None,
+            request,
             rows + self.rows,
             errors + sum(self.errors.values()),
         )
@@ -182,6 +154,7 @@ class FetcherRecorder:
         total.rows = sum(recorder.rows for recorder in recorders)
         total.stopped_rows = sum(recorder.stopped_rows for recorder in recorders)
         total.blocked = (sum(recorder.blocked[0] for recorder in recorders), math.inf)
+        total.copying = sum(recorder.copying for recorder in recorders)
         total.calls = Histogram.merged(recorder.calls for recorder in recorders)
         total.failed = sum(recorder.failed[0] for recorder in recorders), sum(recorder.failed[1] for recorder in recorders)
         total.worked = (sum(recorder.worked[0] for recorder in recorders), math.inf)

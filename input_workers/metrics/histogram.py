@@ -1,4 +1,4 @@
-"""Durations in seconds go in, counts by bucket and their sum come out; and the names of what is timed, which are bounded."""
+"""Histograms of durations, with their sum; and the names of timed parts, of which there is a bounded number."""
 
 from __future__ import annotations
 

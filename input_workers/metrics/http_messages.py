@@ -1,4 +1,4 @@
-"""One request over HTTP goes in, checked; a page comes out as the bytes of an answer. What clients may take is said here."""
+"""Requests over HTTP, checked, and answers as bytes; with the limits that clients are held to."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The one table of metric names: a source's numbers go in, samples with their labels come out. Dashboards are checked
-against it. (Beside it are served prometheus_client's numbers of the process, `process_...`.)"""
+"""Table of all metrics: names, help texts, and how each is read from a source's numbers. Dashboards are checked against it.
+
+Beside it are served prometheus_client's numbers of the process, `process_...`.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +53,7 @@ def _stage_share(stats: SourceStats, _: str) -> Iterable[Sample]:
         yield (stage, "busy"), shares.busy
         yield (stage, "starved"), shares.starved
         yield (stage, "blocked"), shares.blocked
+    yield ("copying", "busy"), window.copying
     yield ("feed", "busy"), window.feed
 
 
@@ -93,22 +96,22 @@ INSTRUMENTS = (
     Instrument(
         "input_workers_queue_depth",
         "gauge",
-        "Batches that wait: queue=chunks for the enqueuer (0: fetching is the bottleneck), queue=device for the trainer "
-        "(0: the trainer waits).",
+        "Batches that wait: queue=chunks, those that are not sent yet, by their rows (0: fetching is the bottleneck); "
+        "queue=device, those on the device (0: the trainer waits).",
         ("source", "queue", "device"),
         _queue_depth,
     ),
     Instrument(
         "input_workers_queue_bytes",
         "gauge",
-        "Bytes that wait between fetchers and enqueuer.",
+        "Bytes of rows in batches that are not sent yet.",
         ("source",),
         lambda stats, _: [((), stats.queue_bytes)],
     ),
     Instrument(
         "input_workers_block_bytes",
         "gauge",
-        "Shared memory of chunks from worker processes: free, being filled, waiting, or held by the trainer.",
+        "Shared memory of chunks from worker processes: free, being written, being copied, or held by the trainer.",
         ("source",),
         lambda stats, _: [((), stats.block_bytes)],
     ),
@@ -122,7 +125,7 @@ INSTRUMENTS = (
     Instrument(
         "input_workers_enqueue_seconds",
         "histogram",
-        "Filling a slot and sending it to the device, by batch.",
+        "Duration of sending a batch to its device.",
         ("source", "device"),
         lambda stats, _: [((name,), device.send) for name, device in stats.devices.items()],
     ),
@@ -136,9 +139,16 @@ INSTRUMENTS = (
     Instrument(
         "input_workers_fetcher_blocked_seconds_total",
         "counter",
-        "Seconds that fetchers waited because the queue was full, all fetchers together: input is ahead.",
+        "Seconds that fetchers waited for room in the batches, all fetchers together: input is ahead.",
         ("source",),
         lambda stats, _: [((), stats.fetcher_blocked_seconds)],
+    ),
+    Instrument(
+        "input_workers_fetcher_copying_seconds_total",
+        "counter",
+        "Seconds that fetchers copied rows into batches, all fetchers together.",
+        ("source",),
+        lambda stats, _: [((), stats.fetcher_copying_seconds)],
     ),
     Instrument(
         "input_workers_fetch_errors_total",
@@ -172,22 +182,22 @@ INSTRUMENTS = (
         "input_workers_stage_share",
         "gauge",
         "Share of its time that a stage was busy, starved (waiting for what comes before it) or blocked (no room after it), "
-        "over the last ten seconds.",
+        "over the last ten seconds. Copying is part of the fetchers' busy time, the feed of the enqueuer's.",
         ("source", "stage", "state"),
         _stage_share,
     ),
     Instrument(
         "input_workers_verdict",
         "gauge",
-        "1 for who is the bottleneck now: trainer (input is ahead), fetch, enqueue or feed; or starting, stopped.",
+        "1 for the bottleneck of now: trainer (input is ahead), fetch, enqueue or feed; or starting, stopped.",
         ("source", "verdict"),
         lambda stats, _: [((verdict,), float(verdict == stats.verdict)) for verdict in VERDICTS],
     ),
     Instrument(
         "input_workers_state",
         "gauge",
-        "1 for how a source fares: new, running, finished, stopped; failed or stalled (a trainer waits, and nothing comes), "
-        "of which /healthz complains.",
+        "1 for the condition of a source: new, running, finished, stopped; failed or stalled (a trainer waits, and nothing "
+        "comes), of which /healthz complains.",
         ("source", "state"),
         lambda _, state: [((each,), float(each == state)) for each in STATES],
     ),

@@ -1,4 +1,4 @@
-"""What is served over HTTP: a request's path goes in, a page comes out. `/`, `/metrics`, `/healthz`, `/status.json`."""
+"""Pages of the metrics server: `/`, `/metrics`, `/healthz`, `/status.json`."""
 
 from __future__ import annotations
 

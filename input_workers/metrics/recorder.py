@@ -1,8 +1,8 @@
-"""Counters with one writer each, merged when somebody reads: what happens goes in, sums come out.
+"""Counters of an input source, with one writer each, merged when they are read.
 
 A counter that only one thread writes needs no lock; a reader sees the last value or the one before. Rows are counted as
-fetched before they are put, and as dropped or delivered afterwards: reading in the reverse order never shows fewer
-fetched than accounted for.
+fetched before they are copied into a batch, and as dropped or delivered afterwards: reading in the reverse order never shows
+fewer fetched than accounted for.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ DROP_REASONS = ("final_partial", "stopped", "skipped_error", "device_error")
 class SourceRecorder:
     """All counters of a source over all its runs: they never fall."""
 
-    # Invariant under _lock: what a fetcher counted is in its recorder in `_fetchers` or in `_retired`; no sum ever falls;
+    # Invariant under lock: what a fetcher counted is in its recorder in `_fetchers` or in `_retired`; no sum ever falls;
     # all note into `trace`, or none.
 
     def __init__(self, devices: dict[str, DeviceRecorder]) -> None:
         self.devices = devices
         self.enqueuer_blocked = (0.0, math.inf)  # like a fetcher's: waiting for room on a device
-        self.enqueuer_starved = (0.0, math.inf)  # waiting for chunks
+        self.enqueuer_starved = (0.0, math.inf)  # waiting for rows
         self.enqueuer_worked = (0.0, math.inf)  # its thread was there
-        self.has_enqueuer = True  # as a thread
         self.created = time.monotonic()
         self.part_names = PartNames()
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()  # re-entrant, for a signal handler that stops the source
         self._fetchers: list[FetcherRecorder] = []
         self._retired = FetcherRecorder.merged([])
         self._dropped = dict.fromkeys(DROP_REASONS, 0)
@@ -50,7 +49,7 @@ class SourceRecorder:
     def fetcher(self, worker_id: int) -> FetcherRecorder:
         """Return the recorder of a new fetcher."""
         recorder = FetcherRecorder(worker_id, self.part_names)
-        with self._lock:
+        with self.lock:
             self._fetchers.append(recorder)
             if self.trace is not None:
                 recorder.trace = self.trace.fetcher(recorder)
@@ -58,7 +57,7 @@ class SourceRecorder:
 
     def begin_trace(self, trace: SourceTrace) -> None:
         """Note there what everybody does from now on. Raises LifecycleError if a trace runs."""
-        with self._lock:
+        with self.lock:
             if self.trace is not None:
                 raise LifecycleError(
                     f"source {trace.source!r} is being traced already, into {self.trace.whole.path} for "
@@ -72,7 +71,7 @@ class SourceRecorder:
 
     def end_trace(self) -> None:
         """No longer."""
-        with self._lock:
+        with self.lock:
             self.trace = None
             for recorder in self._fetchers:
                 recorder.trace = None
@@ -81,29 +80,29 @@ class SourceRecorder:
 
     def drop(self, reason: str, rows: int) -> None:
         """Account for rows that will not be delivered."""
-        with self._lock:
+        with self.lock:
             self._dropped[reason] += rows
 
     def count_restart(self) -> None:
         """Another fetcher took the place of one that died, or whose call took too long."""
-        with self._lock:
+        with self.lock:
             self.restarts += 1
 
     def put_metric(self, key: str, value: float, count: bool) -> None:
         """Add to a sum of the user's own."""
         amount = float(value)  # the user's object: converted before the lock is taken
-        with self._lock:
+        with self.lock:
             total, times = self._put_metrics.get(key, (0.0, 0))
             self._put_metrics[key] = (total + amount, times + 1 if count else times)
 
     def put_metrics(self) -> dict[str, tuple[float, int]]:
         """Return {key: (sum, how often)} since the beginning."""
-        with self._lock:
+        with self.lock:
             return dict(self._put_metrics)
 
     def fetchers(self) -> list[FetcherRecorder]:
         """Return the recorders of all fetchers that ever were, those of ended runs as one."""
-        with self._lock:
+        with self.lock:
             return [self._retired, *self._fetchers]
 
     def workers(self, now: float) -> dict[int, WorkerStats]:
@@ -115,14 +114,14 @@ class SourceRecorder:
 
     def retire(self) -> None:
         """Merge what ended fetchers counted into one recorder: runs come and go, memory does not grow."""
-        with self._lock:
+        with self.lock:
             ended = [recorder for recorder in self._fetchers if not recorder.alive]
             self._retired = FetcherRecorder.merged([self._retired, *ended])
             self._fetchers = [recorder for recorder in self._fetchers if recorder.alive]
 
     def rows(self) -> tuple[dict[str, int], int, int]:
         """Return (dropped by reason, delivered, fetched), read in this order."""
-        with self._lock:
+        with self.lock:
             dropped = dict(self._dropped)
             fetchers = [self._retired, *self._fetchers]
         dropped["stopped"] += sum(recorder.stopped_rows for recorder in fetchers)
@@ -160,9 +159,6 @@ class SourceRecorder:
         devices = list(self.devices.values())
         starved, blocked = waited(self.enqueuer_starved, now), waited(self.enqueuer_blocked, now)
         enqueuing = waited(self.enqueuer_worked, now) - starved - blocked
-        if not self.has_enqueuer:
-            enqueuing = sum(device.send.seconds() for device in devices)
-            starved = now - self.created - enqueuing
         return Counters(
             now,
             sum(device.waited_seconds(now) for device in devices),
@@ -180,4 +176,5 @@ class SourceRecorder:
             sum(device.batches_not_ready for device in devices),
             sum(device.depth_seconds(now) for device in devices),
             sum(fetcher.call_count() for fetcher in fetchers),
+            sum(fetcher.copying for fetcher in fetchers),
         )

@@ -1,4 +1,4 @@
-"""What a source shows of itself: frozen numbers, derived from the counters when somebody asks."""
+"""Frozen numbers of an input source, made from its counters when they are asked for."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class DeviceStats:
     queue_depth: int  # batches on the device, waiting for the trainer
     inputs_per_second: float  # rows delivered, over the last ten seconds
     wait_seconds: float  # the trainer's, for batches of this device
-    send: HistogramStats  # filling a slot and sending it
+    send: HistogramStats  # sending a batch to the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +61,20 @@ class WindowStats:
 
     seconds: float  # how long it is: shorter than its name says where the run is younger
     trainer_wait: float  # share of the trainer's time (mean of the devices) without a batch; under 0.05: input is ahead
-    fetchers: StageShares  # busy in calls of the fetch function, failed ones too; starved without data; blocked by the full
-    # queue; their mean
+    fetchers: StageShares  # busy in calls of the fetch function, failed ones too, and copying rows into batches; starved
+    # without data; blocked because no batch has room, or it is another's turn; their mean
     fetchers_alive: float  # how many there were, on the average
     fetcher_cores: float  # processor cores that fetchers used; near 1 with several threads busy: they take turns (GIL). A
     # worker process counts with all its threads, and with the thread here that serves it: as a thread does that fetches itself
-    enqueuer: StageShares  # busy filling slots and sending; starved without chunks; blocked without room on a device
+    enqueuer: StageShares  # busy laying out batches and sending them; starved without full ones; blocked without room on a
+    # device
     feed: float  # share of the time inside the feed's send; it is part of the enqueuer's busy time
     device_queue_depth: float  # batches on the devices, the mean over time; near 0: the trainer takes them at once
     rows_per_second: float  # rows delivered
     batches: int  # delivered
     batches_not_ready: int  # of these, received before their copy to the device was done
+    copying: float = 0.0  # share of the fetchers' time that went into copying rows into batches; part of their busy time
+    batches_per_call: float = 0.0  # rows that a call of the fetch function returned, the mean, in batches
     verdict: str = ""  # as in SourceStats, of this window
     verdict_text: str = ""
 
@@ -89,7 +92,7 @@ class Reading(NamedTuple):
 class WorkerStats:
     """What one worker does, and has done since the source was started. The trainer's own thread is worker 0 without others."""
 
-    state: Literal["fetching", "blocked", "idle", "ended"]  # blocked: the queue is full; idle: no data, or a pause
+    state: Literal["fetching", "blocked", "idle", "ended"]  # blocked: all batches are full; idle: no data, or a pause
     seconds: float  # that it has been fetching or blocked for; else 0
     request: int | None  # of a Stream: what it fetches
     rows: int
@@ -100,30 +103,31 @@ class WorkerStats:
 class SourceStats:
     """A source's numbers since it was made. Counters never fall; rows are rows, not chunks."""
 
-    rows_fetched: int  # rows of valid chunks
+    rows_fetched: int  # rows of valid chunks, from the moment when a fetcher begins to copy them
     rows_delivered: int  # rows the trainer got
     rows_in_flight: int  # fetched, and neither delivered nor dropped yet
     rows_dropped: Mapping[str, int]  # by reason: final_partial, stopped, skipped_error, device_error
     rows_padded: int  # rows added to fill a last batch; in none of the other counts
     batches_delivered: int
     inputs_per_second: float  # rows delivered a second, over the last ten
-    queue_depth: float  # batches' worth of rows that wait for the enqueuer: 0 means that fetching is the bottleneck
-    queue_bytes: int
-    block_bytes: int  # shared memory of chunks from worker processes: free, being filled, waiting, or held by the trainer
+    queue_depth: float  # rows in batches that are not sent yet, in batches: 0 means that fetching is the bottleneck
+    queue_bytes: int  # of these rows
+    block_bytes: int  # shared memory of chunks from worker processes: free, being written, being copied, or held by the trainer
     device_queue_depth: int  # batches on the devices: 0 means that the trainer waits
     fetch_errors: Mapping[str, int]  # by the error's type
     quarantine: tuple[Any, ...]
     fetchers_alive: int
     fetcher_restarts: int
-    fetcher_busy_seconds: float  # inside the fetch function, in calls that raised too, all fetchers together
-    fetcher_blocked_seconds: float  # waiting because the queue is full: input is ahead
-    enqueuer_busy_seconds: float  # filling slots and sending them
+    fetcher_busy_seconds: float  # in the fetch function, calls that raised too, or copying; all fetchers together
+    fetcher_blocked_seconds: float  # waiting because all batches are full: input is ahead
+    enqueuer_busy_seconds: float  # sending batches: the sum of `send` of all devices
     enqueuer_blocked_seconds: float  # waiting for room on a device: the trainer is the bottleneck
     consumer_wait_seconds: float  # the trainer's, for a batch
     batches_not_ready: int  # received before the copy to the device was done
     verdict: str  # trainer, fetch, enqueue, feed, starting or stopped: who is the bottleneck, in the last ten seconds
     devices: Mapping[str, DeviceStats]
     fetch: HistogramStats = field(repr=False)  # the calls of the fetch function that did not raise
+    fetcher_copying_seconds: float = 0.0  # of the busy seconds, those of copying rows into batches
     verdict_text: str = ""  # the verdict in a sentence, with what to do; of a source that was stopped, over the whole run
     windows: Mapping[str, WindowStats] = field(default_factory=dict, repr=False)  # by "10s", "60s" and "run"
     fetch_parts: Mapping[str, HistogramStats] = field(default_factory=dict, repr=False)  # by name, what `timed` measured

@@ -1,4 +1,4 @@
-"""The live page: nothing goes in, the bytes of one HTML file and the headers that keep it to itself come out."""
+"""The live page: one HTML file, and the headers that keep it from loading anything from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Durations of parts of a fetch function, from `with timed("decode"):` inside of it, go to the source that called it."""
+"""Durations of parts of a fetch function, measured by `with timed("decode"):` inside it."""
 
 from __future__ import annotations
 

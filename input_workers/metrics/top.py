@@ -1,4 +1,4 @@
-"""The numbers of a trainer in a terminal: the address of its metrics server goes in, a block for each source comes out."""
+"""Terminal view of a trainer's numbers, read from its metrics server: a block for each source."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def frame(status: Status, before: Status | None = None, seconds: float = 0.0) ->
 
     Args:
         status: what /status.json says.
-        before: what it said so many seconds ago; where it is given, waiting is shown as a share of that time.
-        seconds: see before.
+        before: an earlier status; where it is given, waiting and copying are shown as shares of the time since.
+        seconds: how much earlier that was.
     """
     rank = "" if status.get("rank") is None else f", rank {_clean(status['rank'])}"
     head = Text(
@@ -130,11 +130,12 @@ def _block(name: str, source: Status, before: Status | None, seconds: float) -> 
         line("rate", f"{_number(source, 'inputs_per_second'):,.1f} rows/s, {_number(source, 'batches_delivered'):,.0f} batches")
         line(
             "queues",
-            f"{_number(source, 'queue_depth'):.1f} batches of chunks ({_number(source, 'queue_bytes') / 2**20:.1f} MiB), "
+            f"{_number(source, 'queue_depth'):.1f} batches not sent yet ({_number(source, 'queue_bytes') / 2**20:.1f} MiB), "
             f"{_number(source, 'device_queue_depth'):.0f} batches on devices",
         )
         line("ledger", _clean(source.get("ledger")))
-        line("waits", ", ".join(f"{who} {_waited(source, before, key, seconds)}" for who, key in WAITS))
+        line("waits", ", ".join(f"{who} {_seconds_or_share(source, before, key, seconds)}" for who, key in WAITS))
+        line("copying", f"fetchers {_seconds_or_share(source, before, 'fetcher_copying_seconds', seconds)}")
         line("workers", f"{_number(source, 'fetchers_alive'):.0f} alive, {_number(source, 'fetcher_restarts'):.0f} restarts")
         errors = source.get("fetch_errors")
         told = [f"{_clean(error)} {_clean(count)}" for error, count in errors.items()] if isinstance(errors, dict) else []
@@ -151,7 +152,7 @@ WAITS = (
 )
 
 
-def _waited(source: Status, before: Status | None, key: str, seconds: float) -> str:
+def _seconds_or_share(source: Status, before: Status | None, key: str, seconds: float) -> str:
     if before is None or seconds <= 0:
         return f"{_number(source, key):.1f} s"
     share = (_number(source, key) - _number(before, key)) / seconds

@@ -1,4 +1,4 @@
-"""What a source's threads do, with its times, goes in while a trace runs; spans by track come out. Bounded."""
+"""Spans of what an input source's threads do while a trace runs, by track. Bounded."""
 
 from __future__ import annotations
 

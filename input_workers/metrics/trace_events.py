@@ -1,4 +1,4 @@
-"""A trace goes in, the text of a file in the Trace Event Format comes out, as Perfetto and chrome://tracing read it. Pure."""
+"""Text of a trace in the Trace Event Format, which Perfetto and chrome://tracing read. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ def unfinished(trace: Trace, sources: Iterable[SourceRecorder]) -> list[tuple[Tr
     found: list[tuple[Track, str, float, Any]] = []
     for source, recorder in zip(trace.sources, sources, strict=True):
         for fetcher, track in source.fetchers:
-            request = fetcher.request
-            found.append((track, track.call, fetcher.call_started, None if request is None else request.index))
+            found.append((track, track.call, fetcher.call_started, fetcher.request))
             found.append((track, "waiting for room", fetcher.blocked[1], None))
-        found.append((source.enqueuer, "waiting for chunks", recorder.enqueuer_starved[1], None))
+        found.append((source.enqueuer, "waiting for rows", recorder.enqueuer_starved[1], None))
         found.append((source.enqueuer, "waiting for room", recorder.enqueuer_blocked[1], None))
         for name, device in recorder.devices.items():
             found.append((source.enqueuer, "send", device.feed[1], name))

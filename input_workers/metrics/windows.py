@@ -1,4 +1,4 @@
-"""Cumulative counters, noted about once a second, go in; what happened in the last 10 s, 60 s and the whole run comes out.
+"""Windows of the last 10 s, the last 60 s and the whole run, made of cumulative counters noted about once a second.
 
 Nothing is counted for a window: it is the difference of two readings. Where no reading was made at its beginning, the
 counters are taken to have risen evenly between the one before and the one after.
@@ -46,6 +46,7 @@ class Counters(NamedTuple):
     not_ready: float = 0.0
     depth_seconds: float = 0.0  # that batches were on the devices, all together: it rises by their number a second
     calls: float = 0.0  # of the fetch function, that have returned or raised
+    copying: float = 0.0  # seconds that fetchers copied rows into batches; part of `fetch_busy`
 
 
 class Marks:
@@ -130,7 +131,8 @@ def window_of(begin: Counters, end: Counters, trainers: int = 1) -> WindowStats:
     fetching = max(0.0, end.fetchers - begin.fetchers)
     fetch_busy = share(begin.fetch_busy, end.fetch_busy, fetching)
     fetch_blocked = min(share(begin.fetch_blocked, end.fetch_blocked, fetching), 1.0 - fetch_busy)
-    batches = max(0.0, end.batches - begin.batches)
+    batches, rows = max(0.0, end.batches - begin.batches), max(0.0, end.rows_delivered - begin.rows_delivered)
+    calls, fetched = end.calls - begin.calls, max(0.0, end.rows_fetched - begin.rows_fetched)
     return WindowStats(
         seconds=seconds,
         trainer_wait=share(begin.trainer_wait, end.trainer_wait, seconds * trainers),
@@ -142,9 +144,11 @@ def window_of(begin: Counters, end: Counters, trainers: int = 1) -> WindowStats:
             share(begin.enqueue_starved, end.enqueue_starved, seconds),
             share(begin.enqueue_blocked, end.enqueue_blocked, seconds),
         ),
+        copying=min(share(begin.copying, end.copying, fetching), fetch_busy),
         feed=share(begin.feed, end.feed, seconds),
         device_queue_depth=max(0.0, end.depth_seconds - begin.depth_seconds) / seconds if seconds else 0.0,
-        rows_per_second=max(0.0, end.rows_delivered - begin.rows_delivered) / seconds if seconds else 0.0,
+        rows_per_second=rows / seconds if seconds else 0.0,
         batches=round(batches),
+        batches_per_call=fetched / calls * batches / rows if calls > 0.0 and rows else 0.0,
         batches_not_ready=round(max(0.0, end.not_ready - begin.not_ready)),
     )

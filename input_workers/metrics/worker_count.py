@@ -1,4 +1,4 @@
-"""Readings of a source's counters go in, the number of workers that it should have comes out. Pure: the only clock is theirs.
+"""The number of workers that an input source should have, by readings of its counters. Pure: the only clock is theirs.
 
 More workers while the trainer waits for fetching: as many as would do, at most four times as many at once. Where they turn
 out to fetch no more than the fewer did, those are enough. Fewer while they are blocked: a quarter more than needed stay.

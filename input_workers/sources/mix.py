@@ -15,6 +15,7 @@ import numpy as np
 from input_workers.contracts import FetchRequest
 from input_workers.errors import BadRows, ConfigError, SpecMismatch
 from input_workers.progress import Spans
+from input_workers.sources.mix_shares import BLOCK_DRAWS, shares_of_block
 from input_workers.sources.permutation import Permutation
 from input_workers.sources.stream import Stream, StreamPlan, share_of
 
@@ -23,12 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ENDLESS", "Mix", "MixPlan"]
 
-# Draws are made in blocks in which every stream has its exact share: then the rows that came of each are known at any
-# position, without counting. A weight is rounded to this fraction of all.
-BLOCK_DRAWS = 1 << 14  # so that a stream's number, and how often it was drawn before, are 16 bits each
 BLOCKS_KEPT = 4
-# What the key of a block's order has besides seed, phase and block.
-MIXED = 3
+MIXED = 3  # in the key of a block's order, beside seed, phase and block
 ENDLESS = 1 << 62
 
 
@@ -75,7 +72,7 @@ class Mix(Stream):
         self.streams = {name: (stream, float(weight)) for name, (stream, weight) in streams.items()}
         self.ends = ends
         super().__init__(_NoSource(), seed=seed, epochs=1, rows_per_request=rows_per_request)
-        _shares([weight for _, weight in self.streams.values()], list(self.streams))
+        shares_of_block([weight for _, weight in self.streams.values()], list(self.streams))
 
     def plan(  # type: ignore[override]
         self, last_batch: str, batch_axes: Sequence[int], left: Mapping[int, Spans] | None = None
@@ -149,12 +146,20 @@ class MixPlan:
         self._weights = [weight for _, weight in mix.streams.values()]
         self._seeds = [stream.seed for stream, _ in mix.streams.values()]
         self._plans: list[StreamPlan] = [stream.plan(last_batch, batch_axes) for stream, _ in mix.streams.values()]
+        sources = [id(stream.source) for stream, _ in mix.streams.values()]
+        self._source_numbers = [sources.index(each) for each in sources]  # streams may share a source
         self._lock = threading.Lock()
         self._first: tuple[int, list[tuple[np.dtype[Any], tuple[int, ...]]]] | None = None
         self._blocks: dict[tuple[int, int], tuple[NDArray[np.int16], NDArray[np.int16]]] = {}
         self._phases: list[_Phase] = []
         self.most_rows = self._lay_out(mix.ends)
         self._begins = [phase.begin for phase in self._phases]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_blocks": {}}  # a worker process computes the blocks that it needs
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def epoch_rows(self, epoch: int) -> int:
         """Return how many rows there are."""
@@ -170,6 +175,7 @@ class MixPlan:
         """Fetch the rows at these positions from the streams they are drawn from. Raises what the sources raise."""
         drawn, at = self._drawn(rows)
         came: list[tuple[NDArray[np.intp], Sequence[NDArray[Any]]]] = []
+        latest: dict[int, int] = {}  # where in `came` the rows are that a source has returned last
         for index in np.flatnonzero(np.bincount(drawn)).tolist():
             places = np.flatnonzero(drawn == index)
             at_places = at[places]  # rising: a stream's own rows come in their order
@@ -179,6 +185,11 @@ class MixPlan:
                 stop = int(np.searchsorted(at_places, (epoch + 1) * regular))
                 if begin < stop:
                     here, offsets = places[begin:stop], at_places[begin:stop] - epoch * regular
+                    source = self._source_numbers[index]
+                    if source in latest:  # it may use its memory again, so its rows are copied before it is called again
+                        earlier, arrays = came[latest[source]]
+                        came[latest[source]] = earlier, [array.copy() for array in arrays]
+                    latest[source] = len(came)
                     came.append((here, self._fetch_from(index, epoch, offsets, rows[here], request)))
                 begin = stop
         return self._put_together(came, len(rows))
@@ -252,10 +263,9 @@ class MixPlan:
         """Find the phases and return the number of rows of the mix."""
         count = len(self._plans)
         rows = [ENDLESS if plan.epochs is None else plan.epochs * plan.regular_rows for plan in self._plans]
-        taken = [0] * count
-        begin = 0
+        taken, begin = [0] * count, 0
         while alive := [index for index in range(count) if taken[index] < rows[index]]:
-            shares = _shares([self._weights[index] for index in alive], [self._names[index] for index in alive])
+            shares = shares_of_block([self._weights[index] for index in alive], [self._names[index] for index in alive])
             phase = _Phase(begin, len(self._phases), tuple(alive), tuple(shares), tuple(taken))
             self._phases.append(phase)
             # Where each would be asked for a row that it does not have.
@@ -286,8 +296,7 @@ class MixPlan:
     def _drawn(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.intp], NDArray[np.int64]]:
         """Return for each of these rising positions (which stream it is drawn from, which row of that, over all epochs)."""
         drawn = np.empty(len(rows), np.intp)
-        at = np.empty(len(rows), np.int64)
-        begin = 0
+        at, begin = np.empty(len(rows), np.int64), 0
         while begin < len(rows):
             row = int(rows[begin])
             number = bisect.bisect_right(self._begins, row) - 1
@@ -325,23 +334,3 @@ class MixPlan:
                 if len(self._blocks) > BLOCKS_KEPT:
                     del self._blocks[next(iter(self._blocks))]
         return found
-
-
-def _shares(weights: Sequence[float], names: Sequence[str]) -> list[int]:
-    """Return how many draws of a block each stream has: by weight, at least one, and all of them together."""
-    largest = max(weights)
-    total = math.fsum(weight / largest for weight in weights)  # the weights themselves might add up to infinity
-    exact = [weight / largest / total * BLOCK_DRAWS for weight in weights]
-    for name, draws in zip(names, exact, strict=True):
-        if draws < 0.5:
-            raise ConfigError(f"Mix: {name!r}: its weight is less than 1 in {2 * BLOCK_DRAWS} of all; wanted a larger one")
-    if len(weights) > BLOCK_DRAWS:
-        raise ConfigError(f"Mix: got {len(weights)} streams; wanted at most {BLOCK_DRAWS}")
-    shares = [max(1, math.floor(draws)) for draws in exact]
-    while (missing := BLOCK_DRAWS - sum(shares)) != 0:  # by the largest remainders; small weights have more than theirs
-        step = 1 if missing > 0 else -1
-        by_remainder = sorted(range(len(shares)), key=lambda index: step * (shares[index] - exact[index]))
-        can = [index for index in by_remainder if shares[index] + step >= 1]
-        for index in can[: abs(missing)]:
-            shares[index] += step
-    return shares

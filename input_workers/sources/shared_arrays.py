@@ -74,7 +74,7 @@ class SharedArrays:
         for array in originals:
             layout.append((array.shape, array.dtype, end))
             end += -(-array.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        block = Block(end, named=True)
+        block = Block(end)
         self._finalizer: weakref.finalize[..., SharedArrays] | None = weakref.finalize(self, block.close)
         mark = os.urandom(MARK_BYTES)
         block.view[:MARK_BYTES] = mark

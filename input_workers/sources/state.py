@@ -33,12 +33,14 @@ class Position:
         done: spans of offsets that were delivered of it and of later ones.
         left: for epochs in which the number of shards changed, the positions of the whole epoch that are this shard's.
         rows_per_request: of the requests; None: not decided yet.
+        ended: where epochs are kept apart, numbers of the devices that were given the end of `first`.
     """
 
     first: int = 0
     done: Mapping[int, Spans] = field(default_factory=dict)
     left: Mapping[int, Spans] = field(default_factory=dict)
     rows_per_request: int | None = None
+    ended: tuple[int, ...] = ()
 
 
 def state_of(source: str, inputs: Sequence[str], stream: Stream, last_batch: str, position: Position) -> dict[str, Any]:
@@ -53,6 +55,7 @@ def state_of(source: str, inputs: Sequence[str], stream: Stream, last_batch: str
         "rows_per_request": position.rows_per_request,
         "numpy": np.__version__,
         "epoch": position.first,
+        "ended": list(position.ended),
         "done": {str(epoch): [list(span) for span in spans] for epoch, spans in position.done.items()},
         "left": {
             str(epoch): [list(span) for span in spans] for epoch, spans in position.left.items() if epoch >= position.first
@@ -148,7 +151,8 @@ class _Parsed:
             raise mismatch(source, "epoch", first, f"at most {stream.epochs}, the epochs of the Stream")
         done = need("done", _is_spans_by_epoch, "spans of offsets by epoch")
         left = need("left", _is_spans_by_epoch, "spans of positions by epoch")
-        self.position = Position(first, _spans(done), _spans(left), size)
+        ended = need("ended", _is_devices, "rising numbers of devices")
+        self.position = Position(first, _spans(done), _spans(left), size, tuple(ended))
         last = sys.maxsize if stream.epochs is None else stream.epochs - 1
         most = len(stream.source) if stream.can_change_shards else 0
         for epoch, spans in self.position.left.items():
@@ -223,6 +227,10 @@ EPOCH = re.compile("0|[1-9][0-9]{0,99}")
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_devices(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_whole, value)) and value == sorted(set(value))
 
 
 def _is_shard(value: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,13 +12,27 @@ import numpy as np
 
 from input_workers.contracts import FetchRequest
 from input_workers.errors import EndOfData, InputWorkersError
-from input_workers.metrics.fetcher_recorder import FetcherRecorder, waited
 from input_workers.progress import Spans, gaps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Plan", "StreamCalls"]
+__all__ = ["Caller", "Plan", "StreamCalls"]
+
+
+class Caller(Protocol):
+    """Who makes the calls: see `fetchers.fetcher.Fetcher`."""
+
+    worker_id: int
+
+    def begin_call(self, request: FetchRequest | None) -> None:
+        """A call begins."""
+
+    def begin_wait(self) -> None:
+        """It waits for a request."""
+
+    def end_wait(self) -> None:
+        """A request has come."""
 
 
 class Plan(Protocol):
@@ -51,10 +64,12 @@ class StreamCalls:
         seed: of the requests' random numbers.
         first: the epoch to begin with.
         done: spans of offsets that earlier runs delivered, by epoch.
-        lend: offers memory for so many rows, one array per input, or None.
-        deals_again: a call that Ctrl-C ends is made again: by the trainer, in its own thread.
+        lend: offers memory for a number of rows, one array per input, or None.
         allowed: how many requests there are so far; more come by `allow`, and whoever finds none waits for them.
     """
+
+    owns_results = False
+    is_stream = True
 
     # Invariant under _lock: every request before the cursor was dealt once, but for those in `_again`, which will be again.
     # The cursor is replaced as a whole: (ordinal of the next request, its epoch, numbers of requests to deal in that epoch).
@@ -69,7 +84,6 @@ class StreamCalls:
         first: int,
         done: Mapping[int, Sequence[tuple[int, int]]],
         lend: Callable[[int], list[NDArray[Any]] | None],
-        deals_again: bool = False,
         allowed: float = math.inf,
     ) -> None:
         self.batch_size = batch_size
@@ -78,9 +92,8 @@ class StreamCalls:
         self._seed = seed
         self._done = {epoch: list(spans) for epoch, spans in done.items()}
         self._lend = lend
-        self._deals_again = deals_again
         self._per_epoch = -(-plan.most_rows // rows_per_request)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entrant, for a signal handler that stops the source
         self._changed = threading.Condition(self._lock)
         self._allowed = allowed
         self._is_closed = False
@@ -93,28 +106,21 @@ class StreamCalls:
             return sys.maxsize
         return sum(stop - begin for begin, stop in self._numbers(epoch))
 
-    def next(self, recorder: FetcherRecorder) -> tuple[Sequence[NDArray[Any]], FetchRequest]:
+    def next(self, fetcher: Caller) -> tuple[Sequence[NDArray[Any]], FetchRequest]:
         """Fetch the next request's rows. Raises EndOfData after the last epoch, and what the source raises."""
-        deal: tuple[int, int, int] | None = None
-        try:
-            deal = self._deal(recorder)
-            assert deal is not None  # noqa: S101  it was waited for
-            request = self._request(deal, recorder.worker_id)
-            recorder.request = request
-            return self.fetch(request), request
-        except Exception:
-            raise
-        except BaseException:  # Ctrl-C in the trainer's own thread: the request is still to be fetched
-            if deal is not None and self._deals_again:
-                with self._lock:
-                    self._again.append(deal)
-            raise
+        request = self.deal(fetcher)
+        fetcher.begin_call(request)
+        return self.fetch(request), request
 
-    def deal(self, recorder: FetcherRecorder) -> FetchRequest:
-        """Return the next request, to be fetched elsewhere. Raises EndOfData after the last epoch."""
-        deal = self._deal(recorder)
+    def make_retry_call(self, fetcher: Caller) -> Callable[[FetchRequest | None], Sequence[NDArray[Any]]]:
+        """Return what fetches a request, or a part of one, once more."""
+        return self.fetch
+
+    def deal(self, fetcher: Caller) -> FetchRequest:
+        """Return the next request, to be fetched by this fetcher. Raises EndOfData after the last epoch."""
+        deal = self._deal(fetcher)
         assert deal is not None  # noqa: S101  it was waited for
-        return self._request(deal, recorder.worker_id)
+        return self._request(deal, fetcher.worker_id)
 
     def deal_now(self, worker_id: int) -> FetchRequest | None:
         """Return the next request, or None while there is none yet. Raises EndOfData after the last epoch."""
@@ -141,6 +147,16 @@ class StreamCalls:
             self._changed.notify_all()
 
     @property
+    def function(self) -> Callable[[NDArray[np.int64], FetchRequest], Sequence[NDArray[Any]]]:
+        """What fetches rows, wherever it is called."""
+        return self.plan.fetch
+
+    @property
+    def has_pending_work(self) -> bool:
+        """Whether a fetcher that rests has something left to fetch: requests that were given back."""
+        return bool(self._again)
+
+    @property
     def has_given_back(self) -> bool:
         """Whether requests wait to be dealt again."""
         return bool(self._again)
@@ -156,19 +172,17 @@ class StreamCalls:
                 "the source of a Stream raised EndOfData; a Stream ends by the length of its source"
             ) from error
 
-    def _deal(self, recorder: FetcherRecorder | None) -> tuple[int, int, int] | None:
-        """Return (ordinal, epoch, number in the epoch) of the next request; None: there is none yet, and nobody who waits."""
+    def _deal(self, fetcher: Caller | None) -> tuple[int, int, int] | None:
+        """Return (ordinal, epoch, number in the epoch) of the next request, waiting for it if a fetcher asks; else None."""
         with self._lock:
             while not self._again and self._cursor[0] >= self._allowed:
                 if self._is_closed:
                     raise EndOfData
-                if recorder is None:
+                if fetcher is None:
                     return None
-                recorder.call_started = math.inf  # a wait is no call
-                recorder.blocked = recorder.blocked[0], time.monotonic()
+                fetcher.begin_wait()
                 self._changed.wait()
-                recorder.call_started = now = time.monotonic()
-                recorder.blocked = waited(recorder.blocked, now), math.inf
+                fetcher.end_wait()
             if self._again:
                 return self._again.pop(0)
             ordinal, epoch, numbers = self._cursor

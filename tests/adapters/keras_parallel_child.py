@@ -11,6 +11,7 @@ import pytest
 from keras_checks import make_checks
 
 import input_workers as iw
+from input_workers.fetchers.fork_server import fork_server
 
 BATCH, ROWS = 4, 30  # the last batch has two rows
 MANY = 400  # more than the queues take
@@ -64,7 +65,7 @@ def numbers_of(dataset):
 
 
 def children():
-    server = iw.fetchers.fork_server.fork_server.holds()
+    server = fork_server.holds()
     return [each for each in psutil.Process().children(recursive=True) if server is None or each.pid != server[0]]
 
 

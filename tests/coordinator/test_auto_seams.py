@@ -86,10 +86,11 @@ def test_one_that_was_released_and_failed_does_not_come_back(
     coordinator.start()
     await_true(lambda: sorted(calls) == [0, 1], "both are in a call")
     backend = source._core.run._fetchers
-    script.want = 3
     (failing,) = [each for each in backend.at_work() if each.request.index]
     failing.released = True
     fail.set()
+    await_true(lambda: failing not in backend.at_work(), "it has failed")
+    script.want = 3  # only now: while it is in its call, another would rightly be begun
     await_true(lambda: script.asked[-1] == (1, 1, "end"), "it has failed, and no other is begun")
     assert source._core.run.workers == 2, "that the data end says nothing about the next run"
     go_on.set()

@@ -16,7 +16,7 @@ from gates import HANG_SECONDS, Gate, register
 from self_certifying import CertifiedFetch, check_batch
 
 import input_workers as iw
-from input_workers.coordinator.inline import InlineFetcher
+from input_workers.fetchers.inline import InlineFetchers
 
 
 def end_of_data() -> Any:
@@ -182,13 +182,13 @@ def test_an_inline_source_that_is_stopped_from_another_thread_while_it_sends_kee
     coordinator: iw.GlobalCoordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sending, go_on, waiting = threading.Event(), threading.Event(), threading.Event()
-    join = InlineFetcher.join
+    join = InlineFetchers.join
 
-    def announced_join(self: InlineFetcher, deadline: float) -> Any:
+    def announced_join(self: InlineFetchers, deadline: float) -> Any:
         waiting.set()
         return join(self, deadline)
 
-    monkeypatch.setattr(InlineFetcher, "join", announced_join)
+    monkeypatch.setattr(InlineFetchers, "join", announced_join)
 
     class SlowFeed:
         chunk_alignment = 1

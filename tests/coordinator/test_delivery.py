@@ -103,7 +103,7 @@ def test_what_waits_stays_within_the_bounds_while_nobody_reads(
     source = register(coordinator, fetch, batch, num_workers=workers, max_buffered_batches=buffered, device_queue_depth=depth,
                       max_buffered_bytes=limit if bound == "bytes" else None)  # fmt: skip
     coordinator.start()
-    await_true(lambda: len(source._core.run.chunks._door) == workers, "every fetcher at the door")
+    await_true(lambda: len(source._core.run.assembly._waiters) == workers, "every fetcher at the door")
     stats = source.stats()
     assert stats.queue_bytes <= max(limit, rows * row_nbytes)
     held = stats.rows_fetched * row_nbytes

@@ -72,7 +72,7 @@ def test_a_handle_alone_keeps_its_source_running(scope: str) -> None:
         assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("lock", ["chunks", "device", "recorder", None])
+@pytest.mark.parametrize("lock", ["assembly", "device", "recorder", None])
 def test_a_forked_child_is_told_so_and_never_hangs_whatever_lock_was_held(
     coordinator: iw.GlobalCoordinator, lock: str | None
 ) -> None:
@@ -80,7 +80,7 @@ def test_a_forked_child_is_told_so_and_never_hangs_whatever_lock_was_held(
     coordinator.start()
     source.next_batch()
     run = source._core.run
-    held = {"chunks": run.chunks._lock, "device": run.devices["train"].queue._lock, "recorder": run.recorder._lock}.get(lock)
+    held = {"assembly": run.assembly._lock, "device": run.devices["train"].queue.lock, "recorder": run.recorder.lock}.get(lock)
     if held is not None:
         held.acquire()
     child = os.fork()

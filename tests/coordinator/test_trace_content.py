@@ -92,8 +92,17 @@ def test_the_calls_are_those_that_were_made(
         assert all(span.seconds >= seconds for span in shown)
         if not late:
             assert sum(span.seconds for span in shown) == pytest.approx(after.fetch_parts[part].seconds, abs=EXACT)
-    assert len(checked.spans("waiting for chunks", "enqueuer-train")) >= 10
-    assert len(checked.spans("send")) == len(checked.spans("filling")) == after.batches_delivered == 40
+    assert len(checked.spans("waiting for rows", "enqueuer-train")) >= 10
+    assert len(checked.spans("send")) == after.batches_delivered == 40
+    # A span for each chunk, all on rows of this process: it copies what its worker processes fetched, too.
+    copying = checked.spans("copying")
+    assert len(copying) == len(checked.spans("copying", "fetcher-train-", "trainer")) == 40
+    waits = checked.spans("waiting for room", "fetcher-train-")
+    inside = [wait for wait in waits if any(span.begin <= wait.begin and wait.end <= span.end for span in copying)]
+    assert inside == waits
+    assert sum(span.seconds for span in copying) - sum(wait.seconds for wait in waits) == pytest.approx(
+        after.fetcher_copying_seconds, abs=EXACT
+    )
     assert sum(span.seconds for span in checked.spans("waiting for a batch")) == pytest.approx(
         after.consumer_wait_seconds, abs=EXACT
     )
@@ -114,7 +123,10 @@ def test_in_the_trainers_own_thread_too(coordinator: iw.GlobalCoordinator, tmp_p
     assert sum(span.seconds for span in reads) == pytest.approx(stats.fetch_parts["read"].seconds, abs=EXACT)
     waits, gets = checked.spans("waiting for a batch"), checked.spans("next_batch")
     assert sum(span.seconds for span in waits) == pytest.approx(stats.consumer_wait_seconds, abs=EXACT)
-    for call in calls:  # the rows are roles of one thread
+    copying = checked.spans("copying", "fetcher-train-0")
+    assert len(copying) == 10
+    assert all(span.begin >= call.end - EXACT for span, call in zip(copying, calls, strict=True))  # of what it returned
+    for call in calls:  # made by the trainer while it waits
         assert any(wait.begin <= call.begin and call.end <= wait.end for wait in waits)
         assert any(get.begin <= call.begin and call.end <= get.end for get in gets)
 
@@ -148,7 +160,7 @@ def test_a_trainer_trains_between_two_batches_and_everybody_waits_for_it(
         assert len(waits) >= 3
         assert 0.02 <= sum(span.seconds for span in waits) <= seconds + EXACT
     assert max(value for _, value in checked.counters["device queue of train"]) == 1.0
-    assert max(value for _, value in checked.counters["chunk queue of train"]) >= 2.0
+    assert max(value for _, value in checked.counters["assembly of train"]) >= 2.0
 
 
 def test_a_slow_feed_is_seen_on_each_of_its_devices(coordinator: iw.GlobalCoordinator, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_the_trainer_starts_it_goes_on_and_finds_the_file(
     assert checked.spans("training", "trainer MainThread")
     assert checked.spans("send", "enqueuer-train")
     assert len({row for _, row in checked.rows if row.startswith("fetcher-train-")}) == max(1, workers)
-    assert set(checked.counters) == {"chunk queue of train", "device queue of train"}
+    assert set(checked.counters) == {"assembly of train", "device queue of train"}
     assert not is_traced(source)
     source.next_batch()
 
@@ -128,7 +128,7 @@ def test_what_hangs_is_in_the_file(coordinator: iw.GlobalCoordinator, tmp_path: 
     trainer.join()
     for row, name in (
         ("fetcher-train-0", "call"),
-        ("enqueuer-train", "waiting for chunks"),
+        ("enqueuer-train", "waiting for rows"),
         ("trainer waiting", "waiting for a batch"),
     ):
         (span,) = checked.row(row)

@@ -65,7 +65,9 @@ def mid(values: list[float]) -> float:
 
 def adds_up(series: Series, stage: str) -> bool:
     """Whether the shares of a stage's time never are more than the whole."""
-    shares = [values for name, values in series.items() if name.split("/")[1] != "feed" and name.startswith(stage)]
+    shares = [
+        values for name, values in series.items() if name.split("/")[1] not in ("feed", "copying") and name.startswith(stage)
+    ]
     return all(sum(each) <= 1.01 for each in zip(*shares, strict=True))
 
 
@@ -92,7 +94,7 @@ CHECKS: dict[str, Callable[[Series], bool]] = {
         and max(s["failing: fetched"]) > max(s["failing: delivered"]) > 0
     ),
     "Batches by device": lambda s: 0.1 < mid(s["slow: slow"]) < 4 and 0.5 < mid(s["healthy: healthy"]) < 20,
-    "Chunk queue": lambda s: mid(s["slow"]) < 1 and mid(s["healthy"]) > 4,
+    "Rows not sent yet": lambda s: mid(s["slow"]) < 1 and mid(s["healthy"]) > 4,
     "Device queues": lambda s: mid(s["slow: slow"]) < 1 and mid(s["healthy: healthy"]) > 1,
     "Fetchers": lambda s: s["slow: alive"][-1] == 1 and s["healthy: alive"][-1] == 2 and s["failing: alive"][-1] == 0,
     "Fetchers' time": shares_of(("slow/busy", 0.8), ("healthy/blocked", 0.5)),
@@ -101,8 +103,12 @@ CHECKS: dict[str, Callable[[Series], bool]] = {
     "Duration of fetch calls": lambda s: max(s["+Inf"]) > max(s["0.1"]) > 0,
     "Fetch quantiles": lambda s: 0.2 < mid(s["slow: median"]) <= mid(s["slow: 99 %"]) < 3 and mid(s["healthy: median"]) < 0.1,
     "Parts of a fetch": lambda s: list(s) == ["slow: read"] and 0.35 < mid(s["slow: read"]) < 2,
-    "Filling and sending a batch": lambda s: 0 < mid(s["healthy: healthy"]) < 0.5,
-    "Fetchers blocked by the full queue": lambda s: mid(s["healthy"]) > 0.5 and max(s["slow"]) < 0.2,
+    "Sending a batch": lambda s: 0 < mid(s["healthy: healthy"]) < 0.5,
+    "Fetchers that wait or copy": lambda s: (
+        mid(s["healthy: without room"]) > 0.5
+        and max(s["slow: without room"]) < 0.2
+        and all(0 < max(s[f"{each}: copying"]) < 0.5 for each in ("slow", "healthy"))
+    ),
     "Errors": lambda s: list(s) == ["failing: BadRows"] and 0.5 < max(s["failing: BadRows"]) < 15,
     "Restarts of fetchers": lambda s: 0.5 < max(s["healthy"]) < 2 and max(s["slow"]) == max(s["failing"]) == 0,
     "Rows dropped": lambda s: (

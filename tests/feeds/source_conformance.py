@@ -183,12 +183,14 @@ class SourceConformance:
             first = next(numbers) * 7
             return [rows_of(first, 7, np.float32)]
 
-        coordinator, depth = iw.GlobalCoordinator(), 3
-        iw.init_data_input_workers(feed, ["data"], fetch, 16, 1, device_queue_depth=depth, coordinator=coordinator)
+        coordinator, depth, buffered = iw.GlobalCoordinator(), 3, 2
+        iw.init_data_input_workers(
+            feed, ["data"], fetch, 16, 1, max_buffered_batches=buffered, device_queue_depth=depth, coordinator=coordinator
+        )
         with coordinator:
             for _ in range(MORE):
                 batch = coordinator["train"].next_batch()
-            assert 0 < len(made) <= depth + 3  # what waits, one being sent, one in the making, one of the trainer
+            assert 0 < len(made) <= buffered + depth + 2 + 1  # the bound, the queue and two more, and the trainer's one
             held = [coordinator["train"].next_batch() for _ in range(HELD)]
             assert len(alive) <= HELD + depth + 3
             del held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from fetchers.wandering import wander
 from gates import HANG_SECONDS, register
 
 import input_workers as iw
+from input_workers.fetchers.fetcher import Fetcher
 from input_workers.fetchers.threads import ThreadFetchers
 from input_workers.metrics.fetcher_recorder import FetcherRecorder
 
@@ -181,59 +183,74 @@ class BadRow(Slow):
         return super().fetch(rows, request)
 
 
+class Context:
+    """Of the fetchers of a run, the little that their threads look at themselves."""
+
+    source = "train"
+    fetch_timeout_s = None
+
+    def __init__(self, told: list[str], has_pending_work: Callable[[], bool]) -> None:
+        self._told, self._has_pending_work = told, has_pending_work
+
+    @property
+    def has_pending_work(self) -> bool:
+        return self._has_pending_work()
+
+    def fail(self, failure: Any, request: Any = None) -> None:
+        self._told.append(failure.message)
+
+
+def fetchers_of(
+    recorders: list[FetcherRecorder], resting: list[FetcherRecorder], told: list[str], has_pending_work: Callable[[], bool],
+    serve: Callable[[Fetcher], bool], prepare: Callable[[Fetcher], object] = id,
+) -> ThreadFetchers:  # fmt: skip
+    """Fetchers whose loop is `serve`, which returns whether one is through."""
+
+    class Scripted(ThreadFetchers):
+        def serve(self, fetcher: Fetcher) -> bool:
+            return serve(fetcher)
+
+        def prepare(self, fetcher: Fetcher) -> None:
+            prepare(fetcher)
+
+    return Scripted(Context(told, has_pending_work), recorders, resting, lambda: told.append("end"))  # type: ignore[arg-type]
+
+
+def no_more_processes(fetcher: Fetcher) -> None:
+    raise OSError(11, "no more processes")
+
+
 @pytest.mark.parametrize("rests", [True, False])
-def test_when_nobody_is_left_to_go_on_and_nobody_can_be_started_the_source_fails_and_ends_once(rests: bool) -> None:
-    """The last one ends while another is being started, which fails: whoever rests has data that nobody would fetch."""
-    go_on, ended, told = threading.Event(), threading.Event(), []
-    first, resting = FetcherRecorder(0), FetcherRecorder(1)
+def test_when_no_one_is_left_to_go_on_and_none_can_be_started_the_source_fails_and_ends_once(rests: bool) -> None:
+    """The last one ends while another is being started, which fails: one that rests has data that no one would fetch."""
+    go_on = threading.Event()
+    told: list[str] = []
 
-    def loop(recorder: FetcherRecorder, interrupted: Any) -> bool:
+    def serve(fetcher: Fetcher) -> bool:
         assert go_on.wait(HANG_SECONDS)
-        return False
+        return True
 
-    def prepare(recorder: FetcherRecorder) -> None:
+    def prepare(fetcher: Fetcher) -> None:
         go_on.set()
         thread.join(HANG_SECONDS)
-        raise OSError(11, "no more processes")
+        no_more_processes(fetcher)
 
-    fetchers = ThreadFetchers(
-        "train",
-        [first],
-        [resting] if rests else [],
-        loop,
-        lambda failure, request: told.append(failure.message),
-        lambda: told.append("end") or ended.set(),
-        lambda: not told,  # a failure closes the queue, and nothing is left then
-        None,
-        prepare=prepare,
-    )
+    resting = [FetcherRecorder(1)] if rests else []
+    # A failure closes the assembly, and nothing is left to fetch then.
+    fetchers = fetchers_of([FetcherRecorder(0)], resting, told, lambda: not told, serve, prepare)
     fetchers.start()
     ((_, thread),) = fetchers._fetchers.values()
     with pytest.raises(OSError, match="no more processes"):
         fetchers.add(lambda: FetcherRecorder(2))
-    assert ended.wait(HANG_SECONDS)
+    assert fetchers.join(time.monotonic() + HANG_SECONDS) == []
     assert told == (["source 'train': no worker can be started", "end"] if rests else ["end"])
     assert not fetchers.add(lambda: FetcherRecorder(3))
-    assert fetchers.join(time.monotonic() + HANG_SECONDS) == []
 
 
 def test_one_that_rested_and_cannot_be_started_again_when_it_must_fails_the_source() -> None:
     told: list[str] = []
-
-    def prepare(recorder: FetcherRecorder) -> None:
-        raise OSError(11, "no more processes")
-
-    fetchers = ThreadFetchers(
-        "train",
-        [FetcherRecorder(0)],
-        [FetcherRecorder(1)],
-        lambda recorder, interrupted: False,
-        lambda failure, request: told.append(failure.message),
-        lambda: told.append("end"),
-        lambda: not told,
-        None,
-        prepare=prepare,
-    )
+    recorders, resting = [FetcherRecorder(0)], [FetcherRecorder(1)]
+    fetchers = fetchers_of(recorders, resting, told, lambda: not told, lambda fetcher: True, no_more_processes)
     fetchers.start()
     assert fetchers.join(time.monotonic() + HANG_SECONDS) == []
     assert told == ["source 'train', worker 1: it has rested, and cannot be started again", "end"]
@@ -242,30 +259,28 @@ def test_one_that_rested_and_cannot_be_started_again_when_it_must_fails_the_sour
 def test_the_last_one_is_never_asked_to_rest() -> None:
     go_on = threading.Event()
     recorders = [FetcherRecorder(number) for number in range(3)]
-    fetchers = ThreadFetchers(
-        "train", recorders, [], lambda *_: not go_on.wait(HANG_SECONDS), print, lambda: None, lambda: False, None
-    )
+    fetchers = fetchers_of(recorders, [], [], lambda: False, lambda fetcher: go_on.wait(HANG_SECONDS))
     fetchers.start()
     fetchers.release(7)
-    assert [each.released for each in recorders] == [False, True, True]
+    assert [each.released for each in fetchers.at_work()] == [False, True, True]
     go_on.set()
     assert fetchers.join(time.monotonic() + HANG_SECONDS) == []
 
 
 def test_a_thread_that_goes_on_as_another_fetcher_counts_once() -> None:
     begun, go_on = threading.Event(), threading.Event()
-    first, second = FetcherRecorder(0), FetcherRecorder(1)
 
-    def loop(recorder: FetcherRecorder, interrupted: Any) -> bool:
-        if recorder is second:
+    def serve(fetcher: Fetcher) -> bool:
+        if fetcher.worker_id == 1:
             begun.set()
             assert go_on.wait(HANG_SECONDS)
-        return False
+        return True
 
-    fetchers = ThreadFetchers("train", [first], [second], loop, print, lambda: None, lambda: not go_on.is_set(), None)
+    fetchers = fetchers_of([FetcherRecorder(0)], [FetcherRecorder(1)], [], lambda: not go_on.is_set(), serve)
     fetchers.start()
     assert begun.wait(HANG_SECONDS)
-    assert fetchers.at_work() == [second]
+    (second,) = fetchers.at_work()
+    assert second.worker_id == 1
     fetchers.release(1)
     assert not second.released, "it is the last one"
     go_on.set()

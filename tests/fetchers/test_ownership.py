@@ -1,4 +1,4 @@
-"""Who owns a returned array: taken over only where nobody else can reach its memory, copied everywhere else."""
+"""Who owns a returned array: kept only where nobody else can reach its memory, copied everywhere else."""
 
 from __future__ import annotations
 
@@ -17,21 +17,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import input_workers as iw
-from input_workers.fetchers.ownership import owned
-from input_workers.leases import CopyPool
+from input_workers.fetchers.ownership import ownership
 
 
-def call(function: Callable[[], Any], lent: Any = None) -> tuple[list[np.ndarray], list[int]]:
-    """Call as the fetch loop does; return what is owned, and where the returned arrays lay."""
+def whose(function: Callable[[], Any], lent: Any = None, owns_all: bool = False) -> list[bool]:
+    """Call as the fetch loop does; return which of the arrays may be kept."""
     result = function()
-    where = [array.__array_interface__["data"][0] for array in result]
-    return list(owned(result, lent, CopyPool(4).copy)), where
+    ours = ownership(result, owns_all, lent)
+    assert len(ours) == len(result)
+    return list(ours)
 
 
-def was_taken_over(function: Callable[[], Any], lent: Any = None) -> bool:
-    arrays, where = call(function, lent)
-    assert len(arrays) == len(where)
-    return [array.__array_interface__["data"][0] for array in arrays] == where
+def deliver(function: Callable[[], Any], inputs: int) -> tuple[list[np.ndarray], list[int]]:
+    """Return the arrays that a trainer gets of one call, where chunks are batches, and where the returned ones lay."""
+    where: list[int] = []
+
+    def fetch(worker_id: int, batch_size: int) -> Any:
+        if where:
+            raise iw.EndOfData
+        result = function()
+        where.extend(array.__array_interface__["data"][0] for array in result)
+        return result
+
+    coordinator = iw.GlobalCoordinator()
+    names = [f"input_{number}" for number in range(inputs)]
+    source = register(coordinator, fetch, input_names=names, rebatch=False)
+    with coordinator:
+        (batch,) = source
+    return list(batch), where
 
 
 kept_array = np.arange(12.0)
@@ -73,14 +86,14 @@ def memmap(cut: bool) -> Callable[[], Any]:
     return fetch
 
 
-TAKEN_OVER: dict[str, Callable[[], Any]] = {
+OURS: dict[str, Callable[[], Any]] = {
     "a new array": lambda: [np.arange(6.0)],
     "in a tuple": lambda: (np.arange(6.0), np.arange(3)),
     "reshaped": lambda: [np.arange(6.0).reshape(2, 3)],
     "Fortran order": lambda: [np.asfortranarray(np.arange(6.0).reshape(2, 3))],
     "all of it in reverse": lambda: [np.arange(6.0)[::-1]],
 }
-COPIED: dict[str, Callable[[], Any]] = {
+NOT_OURS: dict[str, Callable[[], Any]] = {
     "an array that is kept": lambda: [kept_array],
     "kept only now": lambda: [keep(np.arange(6.0))],
     "a kept list": lambda: kept_list,
@@ -102,23 +115,34 @@ COPIED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", TAKEN_OVER)
-def test_what_nobody_else_can_reach_is_taken_over_without_a_copy(what: str) -> None:
-    assert was_taken_over(TAKEN_OVER[what])
+@pytest.mark.parametrize("what", OURS)
+def test_what_nobody_else_can_reach_is_ours(what: str) -> None:
+    assert all(whose(OURS[what]))
 
 
-@pytest.mark.parametrize("what", COPIED)
-def test_what_somebody_else_could_reach_is_copied_bit_for_bit(what: str) -> None:
-    arrays, where = call(COPIED[what])
-    again = COPIED[what]()
-    for array, address, original in zip(arrays, where, again, strict=True):
+@pytest.mark.parametrize("what", NOT_OURS)
+def test_what_somebody_else_could_reach_is_not_ours(what: str) -> None:
+    assert not any(whose(NOT_OURS[what]))
+    kept.clear()
+
+
+@pytest.mark.parametrize("what", NOT_OURS)
+def test_it_is_copied_bit_for_bit(what: str) -> None:
+    original = NOT_OURS[what]()
+    arrays, where = deliver(NOT_OURS[what], len(original))
+    for array, address, before in zip(arrays, where, original, strict=True):
         assert array.__array_interface__["data"][0] != address
         assert type(array) is np.ndarray
         assert array.flags.carray
-        assert not np.shares_memory(array, original)
-        assert array.dtype == original.dtype
-        assert array.tobytes() == original.tobytes()
+        assert not np.shares_memory(array, before)
+        assert array.dtype == before.dtype
+        assert array.tobytes() == before.tobytes()
     kept.clear()
+
+
+def test_what_is_ours_is_delivered_as_it_is() -> None:
+    arrays, where = deliver(lambda: [np.arange(6.0), np.arange(6)], 2)
+    assert [array.__array_interface__["data"][0] for array in arrays] == where
 
 
 @pytest.mark.parametrize("cut", [False, True])
@@ -126,10 +150,11 @@ def test_a_mapped_file_is_copied(tmp_path: pathlib.Path, cut: bool) -> None:
     path = tmp_path / "rows"
     path.write_bytes(bytes(range(64)))
     kept[:] = [path]
-    arrays, _ = call(memmap(cut))
+    assert whose(memmap(cut)) == [False]
+    arrays, where = deliver(memmap(cut), 1)
     kept.clear()
     assert type(arrays[0]) is np.ndarray
-    assert arrays[0].flags.owndata
+    assert arrays[0].__array_interface__["data"][0] != where[0]
     assert arrays[0].tolist() == list(range(32 if cut else 64))
 
 
@@ -138,25 +163,95 @@ def test_a_small_part_of_a_large_array_is_copied_so_that_the_large_one_is_freed(
 
     def fetch() -> Any:
         large = np.zeros(1_000_000, np.uint8)
+        part = large[:1000]
         watched.append(weakref.ref(large))
-        return [large[:1000]]
+        return [part]
 
-    arrays, _ = call(fetch)
+    arrays, _ = deliver(fetch, 1)
     gc.collect()
     assert watched[0]() is None, "1000 bytes hold a megabyte"
     assert arrays[0].nbytes == 1000
+    assert whose(lambda: [np.zeros(1_000_000, np.uint8)[:1000]]) == [False]
+    assert whose(lambda: [np.zeros(1000, np.uint8)[:500]]) == [True]
 
 
-def test_memory_that_was_lent_comes_back_as_it_is() -> None:
+def test_memory_that_was_lent_is_ours() -> None:
     lent = [np.empty(4), np.empty(4)]
-    assert was_taken_over(lambda: lent, lent)
-    arrays, where = call(lambda: [lent[1], np.arange(4.0)], lent)
-    assert arrays[0].__array_interface__["data"][0] != where[0], "lent for another input"
+    assert whose(lambda: lent, lent) == [True, True]
+    assert whose(lambda: [lent[1], np.arange(4.0)], lent) == [False, True], "lent for another input"
+
+
+def test_what_we_made_ourselves_is_ours_whoever_else_holds_it() -> None:
+    assert whose(lambda: [kept_array, kept_base[1:]], owns_all=True) == [True, True]
+
+
+def weakly_held() -> Any:
+    array = np.arange(6.0)
+    kept[:] = [weakref.ref(array)]
+    return [array]
+
+
+def base_weakly_held() -> Any:
+    base = np.arange(6.0)
+    kept[:] = [weakref.ref(base)]
+    return [base.reshape(2, 3)]
+
+
+def weakly_held_in_a_cache() -> Any:
+    cache: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+    array = np.arange(6.0)
+    cache[0] = array
+    kept[:] = [cache]
+    return [array]
+
+
+def watched_by_a_finalizer() -> Any:
+    array = np.arange(6.0)
+    weakref.finalize(array, lambda: None).atexit = False
+    return [array]
+
+
+@pytest.mark.parametrize("function", [weakly_held, base_weakly_held, weakly_held_in_a_cache, watched_by_a_finalizer])
+def test_what_a_weak_reference_leads_to_is_not_ours(function: Callable[[], Any]) -> None:
+    assert whose(function) == [False]
+    kept.clear()
+
+
+def test_a_weak_reference_that_is_gone_does_not_matter() -> None:
+    def fetch() -> Any:
+        array = np.arange(6.0)
+        assert weakref.ref(array)() is array
+        return [array]
+
+    assert whose(fetch) == [True]
+
+
+def test_a_trainer_that_writes_to_its_batches_changes_nothing_in_a_cache_of_weak_references(
+    coordinator: iw.GlobalCoordinator,
+) -> None:
+    cache: dict[int, weakref.ref[np.ndarray]] = {}
+    calls = iter(range(1, 10**6))
+
+    def fetch(worker_id: int, batch_size: int) -> Any:
+        key = next(calls) % 3
+        array = cache[key]() if key in cache else None
+        if array is None:
+            array = np.full((4, 50_000), float(key))
+            cache[key] = weakref.ref(array)
+        return [array]
+
+    source = register(coordinator, fetch, 4, input_names=["data"])
+    coordinator.start()
+    held: list[Any] = []
+    for _ in range(100):
+        batch = source.next_batch()
+        assert set(np.unique(batch.data)) <= {0.0, 1.0, 2.0}
+        np.add(batch.data, 100, out=batch.data)
+        held = [*held[-2:], batch]
 
 
 def test_the_empty_view_of_a_mutable_buffer_cannot_be_grown_under_us() -> None:
-    arrays, _ = call(lambda: [np.arange(6.0)[2:2]])
-    assert arrays[0].shape == (0,)
+    assert whose(lambda: [np.arange(6.0)[2:2]]) == [False]
 
 
 @given(
@@ -182,7 +277,7 @@ def test_whatever_the_layout_values_are_equal_and_nothing_kept_is_shared(
         return [view]
 
     expected: list[np.ndarray] = []
-    arrays, _ = call(fetch)
+    arrays, _ = deliver(fetch, 1)
     assert arrays[0].dtype == expected[0].dtype
     assert arrays[0].tobytes() == expected[0].tobytes()
     if kept_too:
@@ -241,10 +336,11 @@ def test_the_references_are_counted_right_in_a_thread_with_a_profiler_too() -> N
 
     def run() -> None:
         sys.setprofile(lambda *args: None)
-        results.append(was_taken_over(lambda: [kept_array]))
+        results.extend(whose(lambda: [kept_array]))
+        results.extend(whose(lambda: [np.arange(6.0)]))
         sys.setprofile(None)
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert results == [False]
+    assert results == [False, True]

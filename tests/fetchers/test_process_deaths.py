@@ -5,13 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import pathlib
+import pickle
 import re
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from fetchers.shared_between import CertifiedRows, Door, FileCounter, endless, rows_seen
@@ -175,17 +178,17 @@ def test_a_kill_in_mid_send_loses_and_repeats_nothing(
         frames.is_faulty = True  # type: ignore[attr-defined]
         send = frames.Link.send
 
-        def faulty(link: Any, frame: Any, descriptors: Any = ()) -> None:
+        def faulty(link: Any, frame: Any) -> None:
             import pickle
 
             if frame[0] in (frames.CHUNK, frames.INLINE) and kills.add() in (2, 5, 6):
                 content = pickle.dumps((*frame, b"x" * 8_000_000))  # more than the pipe takes at once
                 header = len(content).to_bytes(8, "big")
                 if step == "between frames":
-                    send(link, frame, descriptors)
+                    send(link, frame)
                 link.socket.sendall(header[:3] if step == "header" else header + content[:100_000])
                 os.kill(os.getpid(), signal.SIGKILL)
-            send(link, frame, descriptors)
+            send(link, frame)
 
         frames.Link.send = faulty  # type: ignore[method-assign]
 
@@ -195,6 +198,62 @@ def test_a_kill_in_mid_send_loses_and_repeats_nothing(
     assert sorted(row for batch in source for row in rows_seen(batch)) == [*range(200)]
     assert source.stats().fetcher_restarts == 3
     assert source.stats().rows_fetched == 200
+
+
+def to_the_pipe(data: bytes) -> None:
+    """Write into every socket of this process, by a mistake with descriptor numbers; one is the pipe to the trainer."""
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                os.write(int(name), data)
+        except OSError:  # the one that lists the folder
+            pass
+
+
+GARBAGE = {
+    "a header of 4 GB": (1 << 32).to_bytes(8, "big") + b"x" * 100,
+    "text": b"Epoch 1: loss 0.3, accuracy 0.9",
+    "no pickle": (3).to_bytes(8, "big") + b"abc",
+    "an empty frame": bytes(8),
+    "no frame": (len(pickle.dumps({"kind": 3}))).to_bytes(8, "big") + pickle.dumps({"kind": 3}),
+    "an unknown kind": (len(pickle.dumps((99, [])))).to_bytes(8, "big") + pickle.dumps((99, [])),
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_in_the_pipe_ends_the_worker_and_says_why(coordinator: iw.GlobalCoordinator, what: str) -> None:
+    def before(request: Any) -> None:
+        if request.index == 2:
+            to_the_pipe(GARBAGE[what])
+            time.sleep(60)  # what the parent does must not depend on an answer
+
+    source = register(coordinator, iw.Stream(CertifiedRows(40, before), rows_per_request=4), 4, fetchers="process")
+    coordinator.start()
+    started = time.monotonic()
+    with pytest.raises(iw.WorkerDied, match=r"worker 0: process \d+ was killed: its pipe to the trainer must carry frames"):
+        list(source)
+    assert time.monotonic() - started < NOTICED_SECONDS
+
+
+def test_a_large_error_and_a_large_request_do_not_wait_for_each_other(coordinator: iw.GlobalCoordinator) -> None:
+    class Text:
+        """Requests of 480 KB and a short one, all of which fail with an exception of 4 MB."""
+
+        def __len__(self) -> int:
+            return 63_000
+
+        def fetch(self, rows: Any, request: Any) -> Any:
+            raise UnicodeDecodeError("utf-8", b"\xff" * (4 << 20), 0, 1, "bad")
+
+    source = register(
+        coordinator, iw.Stream(Text(), rows_per_request=60_000), 100, fetchers="process",
+        on_error=iw.ErrorPolicy(retries=1, backoff_s=0.0), timeout_s=10,
+    )  # fmt: skip
+    coordinator.start()
+    with pytest.raises(iw.FetchFailed, match="UnicodeDecodeError") as caught:
+        source.next_batch()
+    assert type(caught.value.__cause__).__name__ == "UnicodeDecodeError"
+    assert source.stats().fetch_errors == {"UnicodeDecodeError": 2}
 
 
 @pytest.mark.parametrize("held", ["in Python", "with the interpreter lock held in C", "stopped"])
@@ -242,15 +301,15 @@ def test_what_comes_before_the_first_call_is_no_call(coordinator: iw.GlobalCoord
     assert source.next_batch().valid_rows == 4
 
 
-def test_a_slow_call_made_ahead_is_not_taken_for_the_one_that_is_retried(
+def test_a_call_sent_ahead_that_hangs_is_not_taken_for_the_one_that_is_retried(
     coordinator: iw.GlobalCoordinator, tmp_path: pathlib.Path
 ) -> None:
-    tries = FileCounter(tmp_path / "tries")
+    tries, hangs = FileCounter(tmp_path / "tries"), FileCounter(tmp_path / "hangs")
 
     def before(request: Any) -> None:
         if request.index == 2 and tries.add() == 0:
             raise OSError("only once")
-        if request.index == 3 and tries.value == 1:
+        if request.index == 3 and hangs.add() == 0:
             time.sleep(60)
 
     source = register(
@@ -260,6 +319,159 @@ def test_a_slow_call_made_ahead_is_not_taken_for_the_one_that_is_retried(
     coordinator.start()
     assert sorted(row for batch in source for row in rows_seen(batch)) == [*range(40)]
     assert source.stats().fetch_errors == {"OSError": 1, "FetchTimeout": 1}
+
+
+def test_answers_come_in_order_though_every_second_request_fails_at_first(
+    coordinator: iw.GlobalCoordinator, tmp_path: pathlib.Path
+) -> None:
+    failed = [FileCounter(tmp_path / str(index)) for index in range(0, 25, 2)]
+    asked: list[int] = []
+
+    def before(request: Any) -> None:
+        asked.append(request.index)
+        assert asked == sorted(asked), "a retry is made before what was sent ahead"
+        if not request.index % 2 and failed[request.index // 2].add() == 0:
+            raise OSError("only once")
+
+    source = register(
+        coordinator, iw.Stream(CertifiedRows(100, before), rows_per_request=4), 4, fetchers="process", ordered=True,
+        on_error=iw.ErrorPolicy(retries=1, backoff_s=0.001), fetch_timeout_s=30.0,
+    )  # fmt: skip
+    coordinator.start()
+    assert [row for batch in source for row in rows_seen(batch)] == [*range(100)]
+    stats = source.stats()
+    assert stats.fetch_errors == {"OSError": 13}
+    assert (stats.rows_fetched, stats.fetcher_restarts, stats.quarantine) == (100, 0, ())
+
+
+def test_a_row_that_hangs_is_skipped_alone_and_its_neighbours_are_delivered(
+    coordinator: iw.GlobalCoordinator, tmp_path: pathlib.Path
+) -> None:
+    calls = FileCounter(tmp_path / "calls")
+
+    def before(request: Any) -> None:
+        calls.add()
+        if 13 in request.rows:
+            time.sleep(60)
+        if 10 in request.rows:
+            raise OSError("row 10 is bad")
+
+    source = register(
+        coordinator, iw.Stream(CertifiedRows(40, before), rows_per_request=8), 8, fetchers="process", ordered=True,
+        fetch_timeout_s=0.4, on_error=iw.ErrorPolicy(retries=1, backoff_s=0.001, skip=True), last_batch="keep",
+    )  # fmt: skip
+    coordinator.start()
+    assert [row for batch in source for row in rows_seen(batch)] == [row for row in range(40) if row not in (10, 13)]
+    stats = source.stats()
+    assert [(each.rows, each.error.split(":")[0]) for each in stats.quarantine] == [((10,), "OSError"), ((13,), "FetchTimeout")]
+    assert stats.fetch_errors == {"FetchTimeout": 4, "OSError": 2}, "two tries of the request, and two of each bad row"
+    assert stats.fetcher_restarts == 4
+    assert stats.rows_dropped["skipped_error"] == 2
+    assert stats.rows_fetched == 40
+    # Of four good requests; of this one twice; of its rows up to the one that hangs; of that once more, and of the good ones.
+    assert calls.value == 4 + 2 + 7 + 1 + 6
+
+
+def test_a_pause_before_a_retry_is_no_call_that_takes_too_long(
+    coordinator: iw.GlobalCoordinator, tmp_path: pathlib.Path
+) -> None:
+    tries = FileCounter(tmp_path / "tries")
+
+    def before(request: Any) -> None:
+        if tries.add() == 0:
+            raise OSError("only once")
+
+    source = register(
+        coordinator, iw.Stream(CertifiedRows(8, before), rows_per_request=4), 4, fetchers="process",
+        fetch_timeout_s=0.2, on_error=iw.ErrorPolicy(retries=1, backoff_s=1.0),
+    )  # fmt: skip
+    coordinator.start()
+    assert [row for batch in source for row in rows_seen(batch)] == [*range(8)]
+    assert source.stats().fetcher_restarts == 0
+
+
+def test_a_stop_ends_a_pause_before_a_retry(coordinator: iw.GlobalCoordinator) -> None:
+    def before(request: Any) -> None:
+        raise OSError("always")
+
+    source = register(
+        coordinator, iw.Stream(CertifiedRows(8, before), rows_per_request=4), 4, fetchers="process",
+        on_error=iw.ErrorPolicy(retries=3, backoff_s=100.0, max_backoff_s=100.0),
+    )  # fmt: skip
+    coordinator.start()
+    await_true(lambda: source.stats().fetch_errors == {"OSError": 1}, "it pauses")
+    started = time.monotonic()
+    assert coordinator.stop()
+    assert time.monotonic() - started < NOTICED_SECONDS
+
+
+def test_too_many_skipped_rows_fail_the_source_with_the_workers_error(coordinator: iw.GlobalCoordinator) -> None:
+    def before(request: Any) -> None:
+        if {3, 9, 14} & set(request.rows.tolist()):
+            raise LookupError("not there")
+
+    source = register(
+        coordinator, iw.Stream(CertifiedRows(40, before), rows_per_request=4), 4, fetchers="process",
+        on_error=iw.ErrorPolicy(skip=True, max_errors=2),
+    )  # fmt: skip
+    coordinator.start()
+    with pytest.raises(iw.FetchFailed, match="3 failed, more than may be skipped") as caught:
+        list(source)
+    assert type(caught.value.__cause__) is LookupError
+    assert "raised in worker process" in caught.value.__cause__.__notes__[0]
+
+
+@pytest.mark.parametrize("kind", ["function", "stream"])
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_function_that_begins_anew_is_warned_of_once_and_a_stream_is_not(
+    coordinator: iw.GlobalCoordinator, tmp_path: pathlib.Path, kind: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = FileCounter(tmp_path / "calls")
+
+    def trouble(request: Any = None) -> int:
+        call = calls.add()
+        if call in (4, 9):
+            if how == "dies":
+                os._exit(1)
+            time.sleep(60)
+        return call
+
+    def fetch(worker_id: int, batch_size: int) -> Any:
+        if trouble() > 15:
+            raise iw.EndOfData
+        return make_chunk(worker_id, 0, 200)
+
+    stream = iw.Stream(CertifiedRows(80, trouble), rows_per_request=4)
+    source = register(
+        coordinator, fetch if kind == "function" else stream, 4, fetchers="process", fetch_timeout_s=0.4,
+        on_error=iw.ErrorPolicy(retries=1, backoff_s=0.001),
+    )  # fmt: skip
+    coordinator.start()
+    list(source)
+    assert source.stats().fetcher_restarts == 2
+    texts = [each.getMessage() for each in caplog.records if "may come twice" in each.getMessage()]
+    assert len(texts) == (kind == "function")
+    assert all(word in text for text in texts for word in ("'train'", "worker 0", "Stream", "restarts=0"))
+
+
+def test_byte_order_survives_the_way_from_a_worker_and_the_skipping_of_rows(coordinator: iw.GlobalCoordinator) -> None:
+    class BigEndian:
+        def __len__(self) -> int:
+            return 40
+
+        def fetch(self, rows: Any, request: Any) -> Any:
+            if 9 in rows:
+                raise OSError("row 9 is bad")
+            wide = np.zeros((len(rows), 8), ">i2")
+            wide[:] = rows[:, None]
+            return [wide[:, ::2], np.asfortranarray(wide)]
+
+    source = register(
+        coordinator, iw.Stream(BigEndian(), rows_per_request=4), 3, fetchers="process", ordered=True,
+        on_error=iw.ErrorPolicy(skip=True), specs=[iw.ArraySpec((4,), ">i2"), iw.ArraySpec((8,), ">i2")],
+    )  # fmt: skip
+    coordinator.start()
+    assert [row for batch in source for row in batch.data[:, 0].tolist()] == [row for row in range(40) if row != 9]
 
 
 def test_a_plain_functions_last_chunk_is_not_lost_when_a_call_is_retried(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,6 +17,8 @@ from fetchers.shared_between import Barrier, CertifiedRows, FileCounter, endless
 from gates import register
 
 import input_workers as iw
+from input_workers.fetchers.fork_server import fork_server
+from input_workers.fetchers.frames import raised, rebuilt
 
 STARTS = ["forkserver", "spawn", "fork"]
 
@@ -212,6 +216,116 @@ def test_the_source_of_a_stream_cannot_end_it_early(coordinator: iw.GlobalCoordi
     coordinator.start()
     with pytest.raises(iw.FetchFailed, match="a Stream ends by the length of its source"):
         list(source)
+
+
+@pytest.mark.usefixtures("no_other_threads")
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    ("name", "shown"), [("train", "iw:train/1"), ("validation-of-all", "iw:validation/1"), ("träin-äöü-ä", "iw:träin-ä/1")]
+)
+def test_workers_are_known_by_name_in_ps_and_top(coordinator: iw.GlobalCoordinator, start: Any, name: str, shown: str) -> None:
+    def fetch(worker_id: int, batch_size: int) -> Any:
+        return [np.array([os.getpid()]), np.array([worker_id])]
+
+    source = register(coordinator, fetch, 1, num_workers=2, fetchers=iw.Processes(start=start), name=name)
+    coordinator.start()
+    pid = next(int(batch.data[0]) for batch in source if batch.label[0] == 1)
+    assert pathlib.Path(f"/proc/{pid}/comm").read_text() == f"{shown}\n"
+
+
+def test_the_fork_server_is_known_by_name_in_ps_and_top(coordinator: iw.GlobalCoordinator) -> None:
+    source = register(coordinator, endless, fetchers="process")
+    coordinator.start()
+    source.next_batch()
+    server = fork_server.holds()
+    assert server is not None
+    assert pathlib.Path(f"/proc/{server[0]}/comm").read_text() == "iw:forkserver\n"
+
+
+@pytest.mark.usefixtures("no_other_threads")
+@pytest.mark.parametrize("start", STARTS)
+def test_entries_of_sys_path_that_are_not_strings_are_passed_over(
+    coordinator: iw.GlobalCoordinator, start: Any, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(worker_id: int, batch_size: int) -> Any:
+        import helper_of_this_test  # type: ignore[import-not-found]
+
+        assert str(tmp_path) not in sys.path  # here, an import does not look there either
+        return [np.full((4, 1), helper_of_this_test.NUMBER), np.arange(4)]
+
+    folder = tmp_path / "on the path"
+    folder.mkdir()
+    (folder / "helper_of_this_test.py").write_text("NUMBER = 3")
+    monkeypatch.setattr(sys, "path", [tmp_path, object(), str(folder), *sys.path])
+    fork_server.stop()  # the next one is started with this path
+    source = register(coordinator, fetch, fetchers=iw.Processes(start=start))
+    coordinator.start()
+    assert (source.next_batch().data == 3).all()
+
+
+class Prefixed(Exception):
+    """Makes its text from its argument, as many do."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"cannot read {name}")
+        self.name = name
+
+
+class TwoArguments(Exception):
+    """Cannot be made from its `args`."""
+
+    def __init__(self, name: str, line: int) -> None:
+        super().__init__(f"{name}:{line}")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (Prefixed("a.jpg"), "cannot read a.jpg"),
+        (TwoArguments("a.txt", 3), "a.txt:3"),
+        (FileNotFoundError(2, "No such file", "a.jpg"), "[Errno 2] No such file: 'a.jpg'"),
+        (UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "bad"), "'utf-8' codec can't decode byte 0xff in position 2: bad"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_exception_arrives_with_its_class_and_its_text(error: Exception, text: str) -> None:
+    came = rebuilt(raised(error, pickle.dumps), "worker process 7")
+    assert type(came) is type(error)
+    assert str(came) == text
+    assert getattr(came, "name", None) == getattr(error, "name", None)
+    assert came.__notes__[-1].startswith("raised in worker process 7:")
+
+
+def test_a_large_exception_arrives_as_its_name_and_text() -> None:
+    frame = raised(ValueError("x" * 4_000_000, list(range(100_000))), pickle.dumps)
+    assert len(pickle.dumps(frame)) < 192 * 1024  # fits into the buffer of a pipe
+    came = rebuilt(frame, "worker process 7")
+    assert type(came).__name__ == "ValueError"
+    assert str(came).startswith("('xxxxx")
+
+
+CLOSED_SCRIPT = """
+import sys, input_workers as iw, numpy as np
+def fetch(worker_id, batch_size):
+    print("from the worker")
+    return [np.zeros((batch_size, 5000))]
+with open(sys.argv[1], "w") as file:
+    iw.init_data_input_workers("numpy", ["x"], fetch, 4, 2, fetchers=iw.Processes(start=sys.argv[2]), timeout_s=20)
+    with iw.global_coordinator as coordinator:
+        file.write(str(coordinator["train"].next_batch().x.shape))
+"""
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_a_trainer_may_be_started_with_closed_outputs(tmp_path: pathlib.Path, start: str, closed: str) -> None:
+    script, result = tmp_path / "train.py", tmp_path / "result"
+    script.write_text(CLOSED_SCRIPT)
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, str(script), str(result), start]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(pathlib.Path(iw.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert result.read_text() == "(4, 5000)"
+    assert done.returncode == 0
 
 
 SCRIPT = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 import input_workers as iw
 from input_workers.contracts import FetchRequest
 from input_workers.fetchers.chunk_check import ChunkCheck, SpecBook
-from input_workers.fetchers.recovery import Attempt, Recovery, keep_rows
+from input_workers.fetchers.context import FetchContext
+from input_workers.fetchers.fetcher import Fetcher
+from input_workers.fetchers.recovery import Attempt, AttemptReport, AttemptState, Skipped, keep_rows
 from input_workers.metrics.fetcher_recorder import FetcherRecorder
 from input_workers.policy import Quarantine
 
@@ -33,30 +36,41 @@ class Bench:
         self.asked: list[list[int] | None] = []
         self.dropped = 0
         self.waits: list[float] = []
-        self.recorder = FetcherRecorder(2)
+        self.fetcher = Fetcher(FetcherRecorder(2))
         self.check = ChunkCheck(SpecBook("train", ["row", "noise"], [axis, axis]))
         self.policy = iw.ErrorPolicy(**policy)
         self.quarantine = Quarantine("train", self.policy, lambda: (0, 0))
         self.request = request
-        recovery = Recovery(self.policy, self.quarantine, self._drop, lambda row: f"{row}.jpg" if row % 2 else None)
+        recorder: Any = self
+        nothing: Any = None
+        self.context = FetchContext(
+            source="train", calls=nothing, assembly=nothing, book=nothing, policy=self.policy, quarantine=self.quarantine,
+            recorder=recorder, signal=nothing, ordered=False, fetch_timeout_s=None, abandons=False,
+            file_of=lambda row: f"{row}.jpg" if row % 2 else None, on_skipped=nothing,
+        )  # fmt: skip
 
         def call(part: FetchRequest | None) -> Any:
             self.asked.append(None if part is None else part.rows.tolist())
             if part is not None:
                 assert (part.index, part.epoch, part.rows.dtype) == (7, 3, np.int64)
                 assert not part.rows.flags.writeable or part.rows is request.rows
-                assert self.recorder.call_started < math.inf, "nobody would see it hang"
+                assert self.fetcher.call_started < math.inf, "it must be seen if it hangs"
             return fetch(part, len(self.asked))
 
         self.call = call
-        self.attempt = Attempt(recovery, request, call)
+        self.attempt = Attempt(self.policy, request)
 
-    def _drop(self, rows: int) -> None:
+    @property
+    def recorder(self) -> FetcherRecorder:
+        return self.fetcher.recorder
+
+    def drop(self, reason: str, rows: int) -> None:
         self.dropped += rows
+        assert reason == "skipped_error"
         assert self.recorder.rows == self.dropped, "counted as fetched first"
 
-    def _idle(self, seconds: float) -> bool:
-        assert self.recorder.call_started == math.inf, "a wait is no call that takes long"
+    def pause(self, seconds: float) -> bool:
+        assert self.fetcher.call_started == math.inf, "a wait is no call that takes long"
         self.waits.append(seconds)
         self.attempt._not_before = 0.0  # time flies
         return False
@@ -64,14 +78,23 @@ class Bench:
     def run(self, error: BaseException | None = None) -> Any:
         """Make the first call as the fetch loop does, and go on from its failure, or from this one."""
         if error is None:
-            self.recorder.call_started = 0.0
+            self.fetcher.begin_call(self.request)
             try:
                 return self.call(self.request)
             except Exception as raised:
                 error = raised
-            self.recorder.call_started = math.inf
-        self.attempt.failed(error, self.recorder)
-        return self.attempt.run(self.check, self.recorder, self._idle, lambda: True)
+            self.fetcher.end_call(failed=True)
+        self.attempt.failed(error, self.fetcher)
+        return self.go_on()
+
+    def go_on(
+        self, pause: Callable[[float], bool] | None = None, go_on: Callable[[], bool] = lambda: True, check: Any = None
+    ) -> Any:
+        """Make the calls of the attempt, and account for what was skipped, as the fetch loop does."""
+        try:
+            return self.attempt.run(self.call, check or self.check, self.fetcher, pause or self.pause, go_on)
+        finally:
+            self.context.account_skipped(self.fetcher, self.attempt.request, self.attempt.take_skipped())
 
 
 def good(part: Any) -> list[np.ndarray]:
@@ -266,7 +289,7 @@ def test_beyond_the_limit_the_error_says_how_many_and_is_from_the_users_own() ->
         bench.run()
     assert type(caught.value.__cause__) is ValueError
     assert bench.dropped == 2
-    assert bench.recorder.errors == {"ValueError": 3}, "the last one is counted by the loop"
+    assert bench.recorder.errors == {"ValueError": 4}, "of the request, and of three rows"
 
 
 def test_of_a_plain_function_the_call_is_skipped_and_is_no_row() -> None:
@@ -290,7 +313,7 @@ def test_what_was_not_come_to_an_end_can_be_gone_on_with(what: str) -> None:
     bench = Bench(
         lambda part, calls: good(part) if calls > 1 else 1 / 0, request_of(3), retries=5, backoff_s=600.0, max_backoff_s=600.0
     )
-    bench.attempt.failed(ZeroDivisionError(), bench.recorder)
+    bench.attempt.failed(ZeroDivisionError(), bench.fetcher)
     ended: list[float] = []
 
     def idle(seconds: float) -> bool:
@@ -298,33 +321,133 @@ def test_what_was_not_come_to_an_end_can_be_gone_on_with(what: str) -> None:
         return True
 
     for _ in range(3):
-        assert bench.attempt.run(bench.check, bench.recorder, idle, lambda: what != "the run") is None
+        assert bench.go_on(idle, lambda: what != "the run") is None
         assert not bench.attempt.is_over
     assert bench.asked == [], "nothing is called while it waits"
     assert len(ended) == (3 if what == "the wait" else 0)
     assert all(290 < wait <= 600 for wait in ended)
-    arrays = bench.attempt.run(bench.check, bench.recorder, bench._idle, lambda: True)
-    assert arrays[0].tolist() == [100, 101, 102]
+    assert bench.go_on()[0].tolist() == [100, 101, 102]
     assert bench.attempt.is_over
 
 
 def test_another_fetcher_can_take_over_in_the_midst_of_the_rows() -> None:
     """As when a call hangs: the rows that came stay, the one that hangs is skipped, and the chunk is weighed."""
     bench = Bench(lambda part, calls: good(part), request_of(3), skip=True)
-    bench.attempt.failed(ValueError("on the whole"), bench.recorder)
+    bench.attempt.failed(ValueError("on the whole"), bench.fetcher)
     left = [2]
 
     def go_on() -> bool:
         left[0] -= 1
         return left[0] >= 0
 
-    assert bench.attempt.run(bench.check, bench.recorder, bench._idle, go_on) is None
-    bench.recorder, check = FetcherRecorder(2), ChunkCheck(bench.check._book)
-    bench.attempt.failed(iw.FetchTimeout("row 102 hangs"), bench.recorder)
-    arrays = bench.attempt.run(check, bench.recorder, bench._idle, lambda: True)
+    assert bench.go_on(go_on=go_on) is None
+    bench.fetcher, check = Fetcher(FetcherRecorder(2)), ChunkCheck(bench.check._book)
+    bench.attempt.failed(iw.FetchTimeout("row 102 hangs"), bench.fetcher)
+    arrays = bench.go_on(check=check)
     assert arrays[0].tolist() == [100, 101]
     assert check.rows_of(arrays, None) == 2
     assert check.row_nbytes == 16
+
+
+class Reported(Bench):
+    """An attempt in a worker process, which dies in a call: the parent has its reports, and another process its state."""
+
+    def __init__(self, *arguments: Any, **policy: Any) -> None:
+        super().__init__(*arguments, **policy)
+        self.parent = Attempt(self.policy, self.request)
+
+    def begin_call(self, request: Any) -> None:
+        self.report()
+        self.fetcher.begin_call(request)
+
+    def end_call(self, failed: bool = False) -> bool:
+        return self.fetcher.end_call(failed)
+
+    def count_error(self, name: str) -> None:
+        self.fetcher.count_error(name)
+
+    def report(self) -> None:
+        of, skipped = self.attempt, self.attempt.take_skipped()
+        self.parent.add_report(AttemptReport(of.row, of.is_split, of.is_together, of.tries, skipped, [], True))
+
+    def go_on(self, *arguments: Any, **more: Any) -> Any:
+        return self.attempt.run(self.call, self.check, self, self.pause, lambda: True)
+
+    def hang(self) -> None:
+        """The call that was reported last hangs: the parent decides, and another process goes on."""
+        self.parent.rewind()
+        self.parent.failed(iw.FetchTimeout("hangs"), self.fetcher)
+        if not self.parent.is_over:
+            state = AttemptState(*pickle.loads(pickle.dumps(self.parent.state)))
+            self.attempt = Attempt(self.policy, request_of(self.attempt._size), state)
+
+
+class Hang(BaseException):
+    """Stands for the end of the process."""
+
+
+@given(
+    count=st.integers(1, 8),
+    bad=st.sets(st.integers(0, 7)),
+    hangs=st.sets(st.integers(0, 7)),
+    kept=st.one_of(st.none(), st.sets(st.integers(0, 7), min_size=1)),
+    retries=st.integers(0, 2),
+    named=st.booleans(),
+)
+def test_another_process_goes_on_from_the_reports_of_one_that_hung(
+    count: int, bad: set[int], hangs: set[int], kept: set[int] | None, retries: int, named: bool
+) -> None:
+    kept = {row for row in kept if row < count} or {0} if kept is not None else None
+    fails = fails_on(*bad, named=named)
+
+    def fetch(part: Any, calls: int) -> Any:
+        assert calls < 500, "for ever"
+        if any(row - FIRST_ROW in hangs for row in part.rows):
+            raise Hang
+        return fails(part, calls)
+
+    wanted = request_of(count, None if kept is None else sorted(kept))
+    bench = Reported(fetch, wanted, retries=retries, skip=True, backoff_s=0.0)
+    bench.attempt = Attempt(bench.policy, request_of(count))  # the process does not know what an earlier run has delivered
+    arrays: Any = None
+    for first in (True, *[False] * 60):
+        try:
+            arrays = bench.run() if first else bench.go_on()
+            break
+        except Hang:
+            bench.hang()
+            if bench.parent.is_over:
+                break
+    else:
+        pytest.fail("for ever")
+    if not bench.parent.is_over:
+        bench.report()
+    arrays = bench.parent.keep(arrays, [0, 0]) if arrays else ()
+    everything = set(range(count)) if kept is None else kept
+    left = sorted(everything - bad - hangs)
+    assert (arrays[0].tolist() if arrays else []) == [row + FIRST_ROW for row in left]
+    assert sorted(row for each in bench.parent.take_skipped() for row in each.rows) == sorted(everything & (bad | hangs))
+
+
+def test_a_report_of_a_call_of_a_plain_function_that_was_skipped() -> None:
+    parent = Attempt(iw.ErrorPolicy(skip=True), None)
+    skipped = [((), "ValueError: bad", ValueError("bad"))]
+    parent.add_report(AttemptReport(0, False, False, 0, skipped, [("ValueError", 1.0, 1.1)], False))
+    assert [type(each) for each in parent.take_skipped()] == [Skipped]
+    assert parent.take_skipped() == []
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [">i2", "<f4", np.dtype({"names": ["a", "b"], "formats": [">i2", "<f4"], "offsets": [0, 8]})])
+def test_rows_that_are_joined_keep_their_dtype(dtype: Any, axis: int) -> None:
+    def fetch(part: Any, calls: int) -> Any:
+        if 101 in part.rows:
+            raise ValueError("bad")
+        rows = np.zeros((2, len(part.rows)) if axis else (len(part.rows), 2), dtype)
+        return [rows, rows]
+
+    arrays = Bench(fetch, request_of(4), axis=axis, skip=True).run()
+    assert [(array.dtype, array.shape) for array in arrays] == [(np.dtype(dtype), (2, 3) if axis else (3, 2))] * 2
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])

@@ -15,10 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from input_workers.errors import EndOfData, QueueClosed, WaitTimeout
 from input_workers.feeds.numpy_feed import NumpyFeed
+from input_workers.flow.device import Target
 from input_workers.flow.device_queue import DeviceQueue, QueuedBatch
 from input_workers.metrics.device_recorder import DeviceRecorder
 
-FEED = NumpyFeed()
+TARGET = Target(NumpyFeed(), 2, [0], 0)
 
 
 def new_queue(depth: int = 4) -> tuple[DeviceQueue, queue.SimpleQueue[None], DeviceRecorder]:
@@ -28,7 +29,7 @@ def new_queue(depth: int = 4) -> tuple[DeviceQueue, queue.SimpleQueue[None], Dev
 
 
 def batch(number: int, rows: int = 2) -> QueuedBatch:
-    return QueuedBatch(number, FEED, rows, rows, 0)
+    return QueuedBatch(number, TARGET, rows, rows, 0)
 
 
 def test_batches_leave_in_the_order_in_which_they_came() -> None:

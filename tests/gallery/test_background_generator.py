@@ -69,5 +69,5 @@ def test_fs5_fetchers_end_when_the_trainer_leaves_with_full_queues(coordinator: 
     thread.join()
     source = register(coordinator, lambda worker_id, batch_size: [np.zeros(4), np.zeros(4)], num_workers=5)
     coordinator.start()
-    await_true(lambda: len(source._core.run.chunks._door) == 5, "every fetcher at the door")
+    await_true(lambda: len(source._core.run.assembly._waiters) == 5, "every fetcher at the door")
     assert coordinator.stop()

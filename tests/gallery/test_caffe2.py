@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flow.assembly_driver import Driver, place
 from gallery import caffe2_gallery as old
 from gallery.caffe2_gallery import feed_of
 from gates import register
@@ -88,7 +89,13 @@ def test_dw6_one_row_chunks_are_not_copied_again_and_again() -> None:
     faulty.batch()
     with pytest.raises(AssertionError):
         assert faulty.copied_rows <= 2 * 512
-    # Ours: tests/flow/test_rechunker.py counts the bytes and the time.
+    copied: list[int] = []
+    driver = Driver(512, on_copy=lambda key, value: copied.append(len(value)))
+    driver.lay_out()
+    for call in range(512):
+        place(driver, 0, 1, call)
+    driver.run(until=lambda: driver.rows_taken == 512)
+    assert sum(copied) == 2 * 512, "each row of both inputs once"
 
 
 def test_dw7_a_buffer_that_is_used_again_does_not_change_what_was_delivered(coordinator: iw.GlobalCoordinator) -> None:

@@ -65,7 +65,8 @@ def test_dw16_the_bound_is_in_bytes_too(coordinator: iw.GlobalCoordinator) -> No
     source = register(coordinator, lambda worker_id, batch_size: [np.zeros((10, 100_000), np.uint8), np.zeros(10, np.uint8)],
                       10, max_buffered_batches=80, max_buffered_bytes=4_000_000, device_queue_depth=1)  # fmt: skip
     coordinator.start()
-    await_true(lambda: len(source._core.run.chunks._door) == 1, "a fetcher at the door")
+    await_true(lambda: source.stats().queue_bytes >= 3_000_000, "as much is fetched as fits")
+    await_true(lambda: [each.state for each in source.stats().workers.values()] == ["blocked"], "the fetcher waits for room")
     stats = source.stats()
     assert 3_000_000 <= stats.queue_bytes <= 4_000_000
     assert stats.rows_fetched * 100_001 <= 4_000_000 + 2 * 1_000_010 + 3 * 1_000_010

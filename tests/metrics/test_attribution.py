@@ -160,6 +160,51 @@ def test_a_slow_feed_is_named(coordinator):
     assert window.fetchers.blocked > 0.8
 
 
+def test_a_function_that_returns_what_it_keeps_is_said_to_be_copied(coordinator):
+    kept = np.zeros((4096, 1024), np.float32)  # 16 MiB a batch: copying takes far longer than all else
+
+    def slices(worker_id, batch_size):
+        return [kept]
+
+    iw.init_data_input_workers(
+        "numpy", ["data"], slices, 4096, 1, "train", coordinator=coordinator, max_buffered_batches=2, device_queue_depth=1
+    )
+    coordinator.start()
+    stats = train(coordinator, batches=40)
+    window = stats.windows["run"]
+    assert stats.verdict == "fetch", stats.verdict_text
+    assert "of that copying rows into batches: return exactly one batch a call" in stats.verdict_text
+    assert 0.5 * window.fetchers.busy < window.copying <= window.fetchers.busy
+    assert stats.fetch.seconds + stats.fetcher_copying_seconds == pytest.approx(stats.fetcher_busy_seconds)
+    assert samples(stats, "input_workers_fetcher_copying_seconds_total")[()] == stats.fetcher_copying_seconds
+    assert samples(stats, "input_workers_stage_share")["copying", "busy"] == stats.windows["10s"].copying
+
+
+def test_batches_of_one_row_are_too_many_for_the_enqueuer(coordinator):
+    kept = np.zeros((256, 64), np.float32)
+    iw.init_data_input_workers("numpy", ["data"], lambda worker_id, batch_size: [kept], 1, 1, "train", coordinator=coordinator)
+    coordinator.start()
+    stats = train(coordinator, batches=5000)
+    assert stats.verdict == "enqueue", stats.verdict_text
+    assert stats.verdict_text.endswith("use a larger batch_size")
+
+
+def test_what_is_advised_fits_the_device(coordinator):
+    class OwnMemory(NumpyFeed):
+        chunk_alignment = None
+
+    kept = np.zeros((4096, 1024), np.float32)
+    iw.init_data_input_workers(
+        OwnMemory(), ["data"], lambda worker_id, batch_size: [kept], 4096, 1, "train", coordinator=coordinator,
+        max_buffered_batches=2, device_queue_depth=1,
+    )  # fmt: skip
+    coordinator.start()
+    stats = train(coordinator, batches=20)
+    assert stats.windows["run"].batches_per_call == pytest.approx(1.0, abs=0.2)
+    assert "copying rows into batches: return " in stats.verdict_text
+    assert "exactly one batch" not in stats.verdict_text  # it would be copied as well
+
+
 def test_copies_that_are_not_done_when_the_trainer_gets_them_are_the_feeds(coordinator):
     make(coordinator, feed=LateFeed())
     coordinator.start()
@@ -178,6 +223,7 @@ def test_in_the_trainers_own_thread_what_it_fetches_is_what_it_waits_for(coordin
     assert "num_workers=1" in stats.verdict_text
     assert 0.3 < window.trainer_wait < 0.7
     assert window.fetchers.busy == pytest.approx(window.trainer_wait, abs=0.1)
+    assert window.copying < 0.05  # by a thread of its own, after the call
     assert window.enqueuer.busy < 0.1
     assert window.enqueuer.starved > 0.9
     assert stats.fetch_parts["read"].count >= 30

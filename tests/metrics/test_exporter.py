@@ -32,6 +32,7 @@ DESIGNED = {  # the names other programs rely on
     "input_workers_enqueue_seconds": {"source", "device"},
     "input_workers_consumer_wait_seconds_total": {"source", "device"},
     "input_workers_fetcher_blocked_seconds_total": {"source"},
+    "input_workers_fetcher_copying_seconds_total": {"source"},
     "input_workers_fetch_errors_total": {"source", "error"},
     "input_workers_fetchers": {"source", "state"},
     "input_workers_fetcher_restarts_total": {"source"},
@@ -108,6 +109,10 @@ def test_a_scrape_shows_what_stats_says():
     assert value(found, "input_workers_queue_bytes", source="train") == stats.queue_bytes
     assert value(found, "input_workers_fetchers", source="train", state="alive") == stats.fetchers_alive
     assert value(found, "input_workers_fetcher_blocked_seconds_total", source="train") == stats.fetcher_blocked_seconds
+    copying = value(found, "input_workers_fetcher_copying_seconds_total", source="train")
+    assert 0 < copying == stats.fetcher_copying_seconds < stats.fetcher_busy_seconds
+    share = value(found, "input_workers_stage_share", source="train", stage="copying", state="busy")
+    assert share == stats.windows["10s"].copying
 
 
 def test_histograms_are_cumulative_and_end_with_the_count():

@@ -60,6 +60,7 @@ def test_what_stats_says_is_on_the_page(page):
         shares = {row[0]: row[1:] for row in page.rows("Where the time went, of the whole run")}
         for stage, told in (("Fetchers", run.fetchers), ("Enqueuer", run.enqueuer)):
             assert shares[stage] == [percent(told.busy), percent(told.starved), percent(told.blocked)]
+        assert shares["Copying"] == [percent(run.copying), NONE, NONE]
         assert shares["Feed"] == [percent(run.feed), NONE, NONE]
         assert shares["Trainer"] == [percent(1 - run.trainer_wait), percent(run.trainer_wait), NONE]
         facts = dict(zip(page.texts(".facts dt"), page.texts(".facts dd"), strict=True))
@@ -72,17 +73,17 @@ def test_what_stats_says_is_on_the_page(page):
 def test_shares_are_of_the_last_seconds_while_it_runs_and_of_the_run_afterwards(page):
     coordinator = finished()
     stats = coordinator["train"].stats()
-    latest = dataclasses.replace(stats.windows["run"], trainer_wait=0.25, feed=0.75)
+    latest = dataclasses.replace(stats.windows["run"], trainer_wait=0.25, feed=0.75, copying=0.5)
     changed = dataclasses.replace(stats, windows={**stats.windows, "10s": latest})
     coordinator["train"]._core.stats = lambda: changed
     with iw.serve_metrics(0, coordinator=coordinator) as server:
         page.open(server)
         rows = page.rows("Where the time went, of the whole run")
-        assert rows[3][2] == percent(stats.windows["run"].trainer_wait) != "25 %"
+        assert rows[4][2] == percent(stats.windows["run"].trainer_wait) != "25 %"
         changed = dataclasses.replace(changed, verdict="fetch")
         page.await_polls(2)
         rows = page.rows("Where the time went, last 10 s")
-        assert [rows[2][1], rows[3][2]] == ["75 %", "25 %"]
+        assert [rows[1][1], rows[3][1], rows[4][2]] == ["50 %", "75 %", "25 %"]
         assert page.texts("[data-v=now]")[2] == "25 %"
 
 

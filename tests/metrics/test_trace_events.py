@@ -77,7 +77,7 @@ def test_what_goes_on_at_the_end_is_shown_as_unfinished(tmp_path: Path) -> None:
     checked = bench.write(tmp_path / "t")
     assert {thread: spans(checked, thread) for _, thread in checked.rows} == {
         "fetcher-train-7": [("call", 4.0, 5.0)],
-        "enqueuer-train": [("waiting for chunks", 3.0, 5.0)],
+        "enqueuer-train": [("waiting for rows", 3.0, 5.0)],
         "trainer 1234": [("waiting for a batch", 2.0, 5.0)],
     }
     assert all(span.is_open for row in checked.rows.values() for span in row)

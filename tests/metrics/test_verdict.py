@@ -54,6 +54,8 @@ def test_random_pipelines_are_attributed_to_the_stage_that_is_slowest():
             wrong.append((seed, word, pipeline, measured))
         elif word == "fetch":
             assert ("GIL" in text) == pipeline.turns, (pipeline, text)
+            if not pipeline.turns:
+                assert ("of that copying rows into batches" in text) == (pipeline.copying_part > 0.3), (pipeline, text)
     assert len(wrong) <= 1, wrong  # the seeds are fixed, and none is wrong
     assert min(seen[stage] for stage in ("fetch", "enqueue", "feed", "trainer")) >= 10, seen
 
@@ -128,6 +130,97 @@ def test_where_the_number_follows_by_itself_nobody_is_told_to_change_it(held_by,
     assert says in text
     assert "add workers" not in text
     assert set(HELD) | {""} >= {held_by}
+
+
+@pytest.mark.parametrize("fetchers", ["thread", "process"])
+def test_fetchers_that_copy_for_a_large_part_of_their_time_are_told_how_to_copy_less(fetchers):
+    word, text = judge(window(copying=0.485), Setting(fetchers=fetchers, workers=4, cores=8, slowest_part="decode"))
+    keeps = ", in arrays that fetch does not keep" if fetchers == "thread" else ""
+    assert word == "fetch"
+    assert text == (
+        "trainer waits 31 % of its time; fetchers are busy 97 %, 50 % of that copying rows into batches: return exactly one "
+        f"batch a call{keeps}, or at least more rows; or add workers (4 -> 6 would do), which copy in parallel; slowest part: "
+        "decode"
+    )
+
+
+def test_copying_is_named_from_a_quarter_of_the_busy_time_on():
+    for busy in (0.97, 0.6, 0.3):
+        shares = StageShares(busy, 0.0, 1.0 - busy)
+        assert "copying" in judge(window(fetchers=shares, copying=0.26 * busy), Setting(workers=4, cores=8)).text
+        assert "copying" not in judge(window(fetchers=shares, copying=0.24 * busy), Setting(workers=4, cores=8)).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"is_stream": True}, "fetch exactly one batch a request and write it into request.out, or at least more rows"),
+        ({"is_stream": True, "fetchers": "process"}, "return exactly one batch a call, or at least more rows"),
+        ({"rebatch": False}, "return arrays that fetch does not keep"),
+        ({"rebatch": False, "is_stream": True}, "write into request.out"),
+        ({"keeps_chunks": False}, "return more rows a call"),
+        ({"keeps_chunks": False, "is_stream": True}, "return more rows a call"),
+    ],
+)
+def test_how_to_copy_less_is_what_would_help_this_source(changes, says):
+    text = judge(window(copying=0.9), Setting(workers=4, cores=8, **changes)).text
+    assert f"copying rows into batches: {says}" in text
+
+
+def test_chunks_of_a_batch_or_more_are_not_told_to_become_larger():
+    large = window(copying=0.9, batches_per_call=1.0)
+    text = judge(large, Setting(workers=4, cores=8)).text
+    assert "return exactly one batch a call, in arrays that fetch does not keep; or add workers" in text
+    assert "return fewer bytes" in judge(large, Setting(workers=4, cores=8, keeps_chunks=False)).text
+    late = replace(
+        large, fetchers=StageShares(0.5, 0.0, 0.5), copying=0.5, trainer_wait=0.95, enqueuer=StageShares(0.2, 0.8, 0.0)
+    )
+    assert judge(late, Setting(workers=2, cores=2)).text.endswith("use a larger batch_size")
+    late = replace(late, batches_per_call=16.0)
+    assert judge(late, Setting(workers=2, cores=2)).text.endswith("use a larger batch_size, or smaller chunks")
+
+
+def test_the_rows_of_a_call_are_told_in_batches():
+    found = window_of(Counters(0.0), Counters(10.0, rows_fetched=600, calls=12, rows_delivered=500, batches=20))
+    assert found.batches_per_call == 2.0
+
+
+def test_workers_that_mostly_copy_are_not_told_to_become_more_than_the_cores():
+    assert "add workers (2 -> 3 would do)" in judge(window(copying=0.6), Setting(workers=2, cores=4)).text
+    assert "add workers" not in judge(window(copying=0.6), Setting(workers=4, cores=4)).text
+    assert "add workers" in judge(window(copying=0.4), Setting(workers=4, cores=4)).text
+    held = judge(window(copying=0.6), Setting(workers=4, cores=8, held_by="gain")).text
+    assert "fetch does not keep, or at least more rows; more than 4 workers do not fetch more" in held
+
+
+def test_copying_that_uses_one_core_is_not_taken_for_the_interpreter_lock():
+    copies = window(copying=0.25, fetcher_cores=1.1)
+    assert "GIL" not in judge(copies, Setting(workers=4, cores=8)).text
+    assert "GIL" in judge(replace(copies, copying=0.1), Setting(workers=4, cores=8)).text
+
+
+def test_many_tiny_batches_are_the_enqueuers_and_a_larger_batch_size_is_advised():
+    tiny = window(trainer_wait=0.9, fetchers=StageShares(0.2, 0.0, 0.8), enqueuer=StageShares(0.4, 0.5, 0.1))
+    assert judge(tiny, Setting(workers=2, cores=2)) == (
+        "enqueue",
+        "trainer waits 90 % of its time; the enqueuer is busy 40 % with laying out and sending batches, while fetchers are "
+        "blocked 80 %: use a larger batch_size",
+    )
+    assert judge(tiny, Setting(devices=2)).text.endswith(": use a larger batch_size, or fewer devices")
+    assert judge(tiny, Setting(rebatch=False)).text.endswith(": return larger chunks, each of which is a batch")
+    assert judge(replace(tiny, feed=0.3), Setting()).word == "feed"
+
+
+def test_threads_that_all_wait_at_the_same_time_wait_for_each_other():
+    late = window(trainer_wait=0.95, fetchers=StageShares(0.35, 0.0, 0.65), copying=0.3, enqueuer=StageShares(0.15, 0.8, 0.05))
+    word, text = judge(late, Setting(workers=2, cores=2))
+    assert word == "enqueue"
+    assert "fetchers are blocked 65 %, and the enqueuer is busy only 15 %: they wait for each other" in text
+    assert judge(late, Setting(workers=2, cores=2, has_turns=True)).word == "fetch"  # one fetcher's call holds up the others
+    # Where calls of the fetch function run most of the time, it is they that keep the others from running.
+    calls = replace(late, copying=0.02, fetcher_cores=0.8)
+    assert "fetch holds the GIL" in judge(calls, Setting(workers=4, cores=2)).text
+    assert judge(calls, Setting(fetchers="process", workers=4, cores=2)).word == "enqueue"
 
 
 def test_fetchers_without_data_are_not_told_to_become_more():

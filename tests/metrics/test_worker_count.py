@@ -122,9 +122,12 @@ def test_workers_that_fetch_no_more_are_given_up_and_tried_ever_more_rarely(at_m
 
 
 def test_threads_that_take_turns_at_the_interpreter_lock_stay_few() -> None:
-    drive = Drive(Pipeline(fetch_s=0.2, train_s=0.05, turns=True)).until(HOUR)
-    assert drive.workers <= 4
-    assert len(drive.changes) <= 16
+    # A look at 50 batches is noisy, so a single run may keep a few more.
+    drives = [Drive(Pipeline(fetch_s=0.2, train_s=0.05, turns=True), seed=seed).until(HOUR) for seed in range(9)]
+    workers = sorted(drive.workers for drive in drives)
+    assert workers[4] <= 3, workers
+    assert workers[-1] <= 8, workers
+    assert all(len(drive.changes) <= 16 for drive in drives)
 
 
 def test_more_is_tried_at_once_when_what_is_read_from_has_become_faster() -> None:
@@ -141,7 +144,7 @@ def test_workers_that_are_blocked_become_fewer_but_not_fewer_than_asked() -> Non
 
 
 def test_it_is_the_enqueuer_that_is_slow_so_fewer_fetchers_are_enough() -> None:
-    drive = Drive(Pipeline(fetchers=16, fetch_s=0.1, train_s=0.02, fill_s=0.04)).until(200.0)
+    drive = Drive(Pipeline(fetchers=16, fetch_s=0.1, train_s=0.02, send_s=0.04)).until(200.0)
     assert 3 <= drive.workers <= 4
     assert drive.rate(20.0, 200.0) >= 0.95 / 0.0401
 

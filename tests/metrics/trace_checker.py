@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 NAMES = {
-    "call", "failed call", "no data", "waiting for room", "waiting for the worker", "waiting for memory", "filling",
-    "waiting for chunks", "send", "next_batch", "waiting for a batch", "training",
+    "call", "failed call", "no data", "waiting for room", "waiting for the worker", "waiting for memory", "copying",
+    "waiting for rows", "send", "next_batch", "waiting for a batch", "training",
 }  # fmt: skip
 
 # A microsecond has three decimals here; what they cannot say is no overlap.

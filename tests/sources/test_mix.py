@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import input_workers as iw
 from input_workers.sources import mix as mix_module
-from input_workers.sources.mix import BLOCK_DRAWS, ENDLESS, Mix, MixPlan, _shares
+from input_workers.sources.mix import ENDLESS, Mix, MixPlan
+from input_workers.sources.mix_shares import BLOCK_DRAWS, shares_of_block
 
 # A row is BASE times the number of its stream, a million times its epoch, and its own number.
 BASE = 10**15
@@ -53,6 +54,26 @@ def mix_of(*streams: tuple[Any, ...], **more: Any) -> Mix:
 
 def plan_of(mix: Mix, last_batch: str = "keep") -> MixPlan:
     return mix.plan(last_batch, (0, 0))
+
+
+class Reuses(Rows):
+    """Uses its memory again for each call."""
+
+    memory = np.zeros((2, 1000), np.int64)
+
+    def fetch(self, rows: Any, request: iw.FetchRequest) -> Any:
+        self.memory[:, : len(rows)] = super().fetch(rows, request)
+        return list(self.memory[:, : len(rows)])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_source_that_uses_its_memory_again_may_be_called_twice_for_a_request(shared: bool) -> None:
+    own, other = Reuses(7), Rows(7)
+    first = iw.Stream(own, epochs=3)
+    mix = Mix({"a": (first, 1.0), "b": (iw.Stream(own if shared else other, epochs=3), 1.0)})
+    good = Mix({"a": (iw.Stream(other, epochs=3), 1.0), "b": (iw.Stream(other, epochs=3), 1.0)})
+    for begin in range(0, 40, 20):
+        assert fetch(plan_of(mix), begin, begin + 20) == fetch(plan_of(good), begin, begin + 20)
 
 
 def joined(lists: list[list[Any]]) -> list[Any]:
@@ -185,23 +206,23 @@ def test_shares_add_up_however_many_weights_are_below_a_row(small: list[float], 
         *small,
         *(each * scale for each in large),
     ]
-    shares = _shares(weights, [str(number) for number in range(len(weights))])
+    shares = shares_of_block(weights, [str(number) for number in range(len(weights))])
     assert sum(shares) == BLOCK_DRAWS
     assert min(shares) >= 1
 
 
 def test_what_is_left_of_a_block_goes_to_the_largest_remainders() -> None:
-    assert _shares([5, 3, 1], list("abc")) == [9102, 5461, 1821]  # exactly 9,102.2, 5,461.3 and 1,820.4
-    assert _shares([1, 1, 1], list("abc")) == [5462, 5461, 5461]
-    assert _shares([16_383.4, 0.6], list("ab")) == [16_383, 1]
-    assert _shares([16_382.2, 0.6, 0.6, 0.6], list("abcd")) == [16_381, 1, 1, 1]
+    assert shares_of_block([5, 3, 1], list("abc")) == [9102, 5461, 1821]  # exactly 9,102.2, 5,461.3 and 1,820.4
+    assert shares_of_block([1, 1, 1], list("abc")) == [5462, 5461, 5461]
+    assert shares_of_block([16_383.4, 0.6], list("ab")) == [16_383, 1]
+    assert shares_of_block([16_382.2, 0.6, 0.6, 0.6], list("abcd")) == [16_381, 1, 1, 1]
 
 
 def test_ten_thousand_streams_below_a_row_are_refused_or_add_up() -> None:
-    shares = _shares([1.0] * 16_000, ["x"] * 16_000)
+    shares = shares_of_block([1.0] * 16_000, ["x"] * 16_000)
     assert sum(shares) == BLOCK_DRAWS
     with pytest.raises(iw.ConfigError, match="got 20000 streams; wanted at most 16384"):
-        _shares([1.0] * 20_000, ["x"] * 20_000)
+        shares_of_block([1.0] * 20_000, ["x"] * 20_000)
 
 
 def test_an_order_is_well_mixed_and_the_seed_s_alone() -> None:
@@ -440,3 +461,17 @@ def test_fetching_looks_at_no_more_than_its_rows(monkeypatch: pytest.MonkeyPatch
     assert seconds / 100 < 5e-3  # 0.1 ms on one quiet core; drawing the block anew, or counting it, takes 0.4 and more
     fetch(plan, BLOCK_DRAWS - 3, BLOCK_DRAWS + 3)
     assert len(computed) == 1
+
+
+@pytest.mark.parametrize("fetchers", ["thread", "process"])
+def test_every_row_of_a_mix_comes_once_from_any_kind_of_fetchers(coordinator: iw.GlobalCoordinator, fetchers: str) -> None:
+    first, second = iw.sources.Arrays(np.arange(100)), iw.sources.Arrays(np.arange(100, 150))
+    mix = Mix({"first": (iw.Stream(first), 2.0), "second": (iw.Stream(second, shuffle=True), 1.0)}, ends="all")
+    iw.init_data_input_workers(
+        "numpy", ["x"], mix, 10, 2, fetchers=fetchers, last_batch="keep", ordered=True, coordinator=coordinator
+    )
+    coordinator.start()
+    rows = [int(row) for batch in coordinator["train"] for row in batch.x]
+    assert sorted(rows) == [*range(150)]
+    plan = mix.plan("keep", [0])
+    assert rows == [int(row) for row in plan.fetch(plan.rows(0, 0, 150), iw.FetchRequest(0, 0, plan.rows(0, 0, 150)))[0]]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import input_workers as iw
+from input_workers.fetchers.fetcher import Fetcher
 from input_workers.metrics.fetcher_recorder import FetcherRecorder
 from input_workers.progress import Spans, add_span
 from input_workers.sources.stream_calls import StreamCalls
@@ -32,21 +33,19 @@ class Rows:
         return [rows.copy()]
 
 
-def calls_of(
-    stream: iw.Stream, size: int, first: int = 0, done: Any = (), left: Any = (), last: str = "keep", inline: bool = False
-) -> StreamCalls:
+def calls_of(stream: iw.Stream, size: int, first: int = 0, done: Any = (), left: Any = (), last: str = "keep") -> StreamCalls:
     return StreamCalls(
         stream.plan(last, (0,), dict(left)), rows_per_request=size, batch_size=4, seed=stream.seed, first=first,
-        done=dict(done), lend=lambda rows: None, deals_again=inline,
+        done=dict(done), lend=lambda rows: None,
     )  # fmt: skip
 
 
 def all_of(calls: StreamCalls) -> list[iw.FetchRequest]:
     requests = []
-    recorder = FetcherRecorder(3)
+    fetcher = Fetcher(FetcherRecorder(3))
     while True:
         try:
-            arrays, request = calls.next(recorder)
+            arrays, request = calls.next(fetcher)
         except iw.EndOfData:
             return requests
         assert arrays[0].tolist() == request.rows.tolist()
@@ -114,35 +113,21 @@ def test_an_epoch_that_was_dealt_anew_has_the_rows_that_were_left(left: Spans) -
     assert len([request for request in requests if request.epoch == 1]) == 4
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit()])
-def test_a_request_that_ctrl_c_interrupted_is_the_next_again(error: BaseException) -> None:
-    source = Rows(12)
-    calls = calls_of(iw.Stream(source), 5, inline=True)
-    recorder = FetcherRecorder(0)
-    seen = [calls.next(recorder)[1]]
-    for _ in range(3):
-        source.error = error
-        with pytest.raises(type(error)):
-            calls.next(recorder)
-    seen += all_of_from(calls, recorder)
-    assert [(request.ordinal, request.begin) for request in seen] == [(0, 0), (1, 5), (2, 10)]
-
-
 def test_a_request_whose_thread_was_ended_is_not_dealt_to_another() -> None:
     source = Rows(12)
     calls = calls_of(iw.Stream(source), 5)
-    recorder = FetcherRecorder(0)
+    fetcher = Fetcher(FetcherRecorder(0))
     source.error = SystemExit()
     with pytest.raises(SystemExit):
-        calls.next(recorder)
-    assert [request.begin for request in all_of_from(calls, recorder)] == [5, 10]
+        calls.next(fetcher)
+    assert [request.begin for request in all_of_from(calls, fetcher)] == [5, 10]
 
 
-def all_of_from(calls: StreamCalls, recorder: FetcherRecorder) -> list[iw.FetchRequest]:
+def all_of_from(calls: StreamCalls, fetcher: Fetcher) -> list[iw.FetchRequest]:
     requests = []
     while True:
         try:
-            requests.append(calls.next(recorder)[1])
+            requests.append(calls.next(fetcher)[1])
         except iw.EndOfData:
             return requests
 
@@ -151,7 +136,7 @@ def test_a_source_that_says_end_of_data_has_failed() -> None:
     source = Rows(12)
     source.error = iw.EndOfData()
     with pytest.raises(iw.InputWorkersError, match="a Stream ends by the length of its source") as caught:
-        calls_of(iw.Stream(source), 5).next(FetcherRecorder(0))
+        calls_of(iw.Stream(source), 5).next(Fetcher(FetcherRecorder(0)))
     assert not isinstance(caught.value, iw.EndOfData)
 
 
@@ -162,7 +147,7 @@ def test_threads_share_the_requests() -> None:
 
     def deal(mine: list[iw.FetchRequest]) -> None:
         together.wait()
-        mine += all_of_from(calls, FetcherRecorder(0))
+        mine += all_of_from(calls, Fetcher(FetcherRecorder(0)))
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
