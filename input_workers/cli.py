@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if parsed.benchmark == "headspace":
             bounds = {"rounds": parsed.rounds, "seconds": parsed.seconds, "steps": parsed.steps}
             return _headspace(parsed.config, bounds, parsed.json)
-        return _bench(parsed.benchmark, parsed.only)
+        return _bench(parsed.benchmark, parsed.only, getattr(parsed, "beside", None))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     benchmarks = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     for name in ("auto", "core", "device", "keras", "loader", "processes", "streams"):
         one = benchmarks.add_parser(name)
-        one.add_argument("only", nargs="?", help="run only those whose name contains this")
+        one.add_argument("only", nargs="?", default="", help="run only those whose name contains this")
+        if name in ("core", "processes"):
+            one.add_argument("--beside", metavar="PATH", help="compare with the version of the package in this folder")
     headspace = benchmarks.add_parser(
         "headspace", help="how much faster the training of a configuration would be with free data"
     )
@@ -141,13 +143,13 @@ def _check(path: str) -> int:
     return 0
 
 
-def _bench(benchmark: str, only: str | None) -> int:
+def _bench(benchmark: str, only: str, beside: str | None) -> int:
     name = f"input_workers.bench.{benchmark}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(f"bench {benchmark} needs {error.name}: pip install input-workers[bench]") from error
-    return int(module.main() if only is None else module.main(only))
+    return int(module.main(only) if beside is None else module.main(only, beside))
 
 
 def _headspace(path: str, bounds: dict[str, Any], as_json: bool) -> int:

@@ -7,22 +7,22 @@ import multiprocessing
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import input_workers as iw
 from input_workers.bench.measure import Result, Stopwatch, compare, drain, median_ratio, report
+from input_workers.bench.versions import Figure, Workload, report_versions, run_script
+from input_workers.bench.workloads import PICTURES, PREFETCH, in_the_middle
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["main"]
+__all__ = ["WORKLOADS", "main"]
 
 WORKERS = 2
-PREFETCH = 4
-PICTURES = (64, 224, 224, 3)  # 38.5 MB of float32
 
 
 class Batches:
@@ -89,18 +89,6 @@ def service(batches: Batches, rows: int, uses_out: bool = False) -> float:
     )
     with coordinator:
         return in_the_middle(iter(coordinator["bench"]), len(batches))
-
-
-def in_the_middle(batches: Iterator[Any], count: int) -> float:
-    """Return the batches/s of all but the first and the last tenth: as many are made meanwhile as are taken."""
-    margin = max(2 * PREFETCH, count // 10)
-    watch = Stopwatch()
-    for _ in range(margin):
-        next(batches)
-    with watch.running():
-        for _ in range(count - 2 * margin):
-            next(batches)
-    return (count - 2 * margin) / watch.seconds
 
 
 def data_loader(batches: Batches) -> float:
@@ -184,21 +172,21 @@ def pure_python() -> list[Result]:
     return results
 
 
+def read_small(calls: int = 200_000) -> float:
+    """Return the rows/s of chunks of one row of 16 float32, from start to end."""
+
+    def fetch(worker_id: int, batch_size: int, remaining: list[int] = [calls // WORKERS]) -> list[NDArray[Any]]:  # noqa: ARG001, B006
+        if not remaining[0]:
+            raise iw.EndOfData
+        remaining[0] -= 1
+        return [np.zeros((1, 16), np.float32)]
+
+    return drain(fetch, ["data"], 128, WORKERS, fetchers="process").rate
+
+
 def small() -> list[Result]:
     """Chunks of one row of 16 float32."""
-    calls = 200_000
-
-    def ours() -> float:
-        def fetch(worker_id: int, batch_size: int, left: list[int] = [calls // WORKERS]) -> list[NDArray[Any]]:  # noqa: ARG001, B006
-            if not left[0]:
-                raise iw.EndOfData
-            left[0] -= 1
-            return [np.zeros((1, 16), np.float32)]
-
-        rows, seconds = drain(fetch, ["data"], 128, WORKERS, fetchers="process")
-        return rows / seconds
-
-    rates = [ours() for _ in range(5)]
+    rates = [read_small() for _ in range(5)]
     return [Result("chunks of one row of 16 float32", statistics.median(rates), 25_000, "/s", "from start to end")]
 
 
@@ -221,8 +209,34 @@ def first_batch() -> list[Result]:
     return [Result("first batch after start()", statistics.median(took), 1.5, "s", "2 workers", at_most=True)]
 
 
-def main(only: str = "") -> int:
-    """Run every benchmark whose name contains `only`, print the report; 0 if every target that was measured is met."""
+def _batches(name: str, batches: Batches, rows: int, uses_out: bool = False) -> list[Figure]:
+    return [Figure(name, service(batches, rows, uses_out), "batches/s")]
+
+
+# Compared with another version.
+WORKLOADS = {
+    "large_returned": Workload(lambda: _batches("38.5 MB batches, returned", Batches(160, filled), PICTURES[0])),
+    "large_out": Workload(lambda: _batches("38.5 MB batches, in request.out", Batches(300, filled), PICTURES[0], True)),
+    "python": Workload(lambda: _batches("pure-Python transform", Batches(300, rolled), 32)),
+    "small": Workload(lambda: [Figure("chunks of one row of 16 float32", read_small(), "rows/s")]),
+}
+
+
+def main(only: str = "", beside: str | None = None) -> int:
+    """Run every benchmark whose name contains `only` and print the report.
+
+    Args:
+        only: part of a name.
+        beside: a folder with another version of the package: compare with it instead.
+
+    Returns:
+        0 if every target that was measured is met.
+
+    Raises:
+        ConfigError: no benchmark has such a name, or the folder contains no package.
+    """
+    if beside is not None:
+        return report_versions("processes", WORKLOADS, beside, only)
     parts: dict[str, Callable[[], list[Result]]] = {
         "large": large,
         "python": pure_python,
@@ -233,4 +247,4 @@ def main(only: str = "") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    run_script(main)

@@ -49,8 +49,7 @@ class Waiting:
 def rate(source: Any, workers: int, **options: Any) -> float:
     """Return the rows/s of a stream read to its end."""
     stream = iw.Stream(source, rows_per_request=ROWS_PER_REQUEST)
-    rows, seconds = drain(stream, ["row"], ROWS_PER_REQUEST, workers, last_batch="keep", **options)
-    return rows / seconds
+    return drain(stream, ["row"], ROWS_PER_REQUEST, workers, last_batch="keep", **options).rate
 
 
 def order_of_equal_requests() -> list[Result]:
