@@ -1,6 +1,7 @@
 # make run    trains on the handwritten digits; CONFIG=configs/image_folder.toml trains on images of yours
 # make test   runs every test, in random order; PYTEST_ARGS="-m 'not tensorflow'" runs some
-# make chaos  kills a thousand worker processes, tries every way a trainer may end, and storms the metrics server
+# make chaos  kills a thousand worker processes, tries every way a trainer may end, storms the metrics server, and reads
+#             random sources for 20 minutes (STRESS_SECONDS=60: for one)
 # make lint   ruff and mypy
 # make bench  measures every part against the limits of this machine, and against peers
 # make clean  removes what these have made

@@ -10,6 +10,8 @@ from fetchers.shared_between import CertifiedRows, rows_seen
 from gates import register
 from scenarios.kill_campaign import kill_a_plain_function, kill_while_it_runs
 from scenarios.process_exits import CASES, check_exit
+from scenarios.test_exit_matrix import CASES as THREAD_CASES
+from scenarios.test_exit_matrix import check, end_like
 
 import input_workers as iw
 
@@ -17,6 +19,11 @@ import input_workers as iw
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_end_of_a_trainer_is_its_own(case: tuple[str, ...]) -> None:
     check_exit(case)
+
+
+@pytest.mark.parametrize("case", THREAD_CASES, ids="-".join)
+def test_the_end_of_a_trainer_with_threads_is_its_own(case: tuple[str, ...]) -> None:
+    check(case, end_like(case))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,9 +1,13 @@
-"""A trainer may end however it likes: its own exit code, its own traceback and nothing else, and never a hang."""
+"""A trainer may end however it likes: its own exit code, its own traceback and nothing else, and never a hang.
+
+These are a sample of the cases, and all of those with a framework; tests/chaos runs all.
+"""
 
 from __future__ import annotations
 
 import itertools
 import pathlib
+import random
 import re
 import signal
 import subprocess
@@ -29,6 +33,7 @@ ENDS = {
     "with": (1, "ValueError: the user's own"),
 }
 CASES = list(itertools.product(ENDS, ["hold", "drop"], ["stop", "leave"], ["empty", "flowing", "full"]))
+SAMPLE = random.Random(10).sample(CASES, 28)
 FRAMEWORK_CASES = [("main", "hold", "leave", "full", "tensorflow"), ("error", "hold", "leave", "flowing", "tensorflow"),
                    ("collected", "drop", "leave", "full", "tensorflow"), ("sys.exit", "drop", "stop", "flowing", "tensorflow"),
                    ("main", "hold", "leave", "full", "torch"), ("collected", "drop", "leave", "full", "torch"),
@@ -51,8 +56,8 @@ def end_like(case: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def children() -> dict[tuple[str, ...], subprocess.CompletedProcess[str]]:
-    """Every case in a child of its own, two at a time, all of them before the first is looked at."""
-    cases = [*FRAMEWORK_CASES, *CASES]
+    """Each case in a child of its own, two at a time, all of them before the first is looked at."""
+    cases = [*FRAMEWORK_CASES, *SAMPLE]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(cases, pool.map(end_like, cases), strict=True))
 
@@ -71,7 +76,7 @@ def check(case: tuple[str, ...], done: subprocess.CompletedProcess[str]) -> None
         assert lines == [], done.stderr
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", SAMPLE, ids="-".join)
 def test_the_end_of_a_trainer_is_its_own(
     children: dict[tuple[str, ...], subprocess.CompletedProcess[str]], case: tuple[str, ...]
 ) -> None:
