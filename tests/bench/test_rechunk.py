@@ -167,7 +167,6 @@ def test_the_lines_of_a_rechunk_have_a_note_with_the_rate():
 
 
 def test_beside_torchdata_there_is_processor_time_whose_target_is_torchdatas():
-    pytest.importorskip("torchdata")
     of_copy, of_peer, used = rechunk_tiny([1, 5, 200, 3] * 20, peer_target=2.0)
     assert of_copy.value > 0
     assert (of_peer.target, used.at_most) == (2.0, True)
