@@ -149,7 +149,11 @@ def _bench(benchmark: str, only: str, beside: str | None) -> int:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ConfigError(f"bench {benchmark} needs {error.name}: pip install input-workers[bench]") from error
-    return int(module.main(only) if beside is None else module.main(only, beside))
+    if beside is not None:
+        from input_workers.bench.versions import report_versions
+
+        return report_versions(benchmark, module.WORKLOADS, beside, only)
+    return int(module.main(only))
 
 
 def _headspace(path: str, bounds: dict[str, Any], as_json: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from input_workers.bench.chunks import MIXED_SIZES, DataSet, read_buffers, read_
 from input_workers.bench.measure import BATCH, Result, compare, median_ratio, report
 from input_workers.bench.rechunk import KEEP_FREED_MEMORY, handed_over_in_children, in_a_child, read_small
 from input_workers.bench.scrape import scraped
-from input_workers.bench.versions import Figure, Workload, figures_of, report_versions, run_in_child, run_script
+from input_workers.bench.versions import Figure, Workload, figures_of, run_in_child
 from input_workers.bench.workloads import (
     PICTURE_SIZE,
     make_large_arrays,
@@ -181,21 +182,8 @@ WORKLOADS = {
 }
 
 
-def main(only: str = "", beside: str | None = None) -> int:
-    """Run every benchmark whose name contains `only` and print the report.
-
-    Args:
-        only: part of a name.
-        beside: a folder with another version of the package: compare with it instead.
-
-    Returns:
-        0 if every target that was measured is met.
-
-    Raises:
-        ConfigError: no benchmark has such a name, or the folder contains no package.
-    """
-    if beside is not None:
-        return report_versions("core", WORKLOADS, beside, only)
+def main(only: str = "") -> int:
+    """Run every benchmark whose name contains `only`, print the report; 0 if every target that was measured is met."""
     parts: dict[str, Callable[[], list[Result]]] = {
         "rechunk": handed_over_in_children,
         "resident": lambda: in_a_child("resident"),
@@ -219,4 +207,4 @@ def main(only: str = "", beside: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(main(*sys.argv[1:]))

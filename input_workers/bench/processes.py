@@ -14,7 +14,7 @@ import numpy as np
 
 import input_workers as iw
 from input_workers.bench.measure import Result, Stopwatch, compare, drain, median_ratio, report
-from input_workers.bench.versions import Figure, Workload, report_versions, run_script
+from input_workers.bench.versions import Figure, Workload
 from input_workers.bench.workloads import PICTURES, PREFETCH, in_the_middle
 
 if TYPE_CHECKING:
@@ -222,21 +222,8 @@ WORKLOADS = {
 }
 
 
-def main(only: str = "", beside: str | None = None) -> int:
-    """Run every benchmark whose name contains `only` and print the report.
-
-    Args:
-        only: part of a name.
-        beside: a folder with another version of the package: compare with it instead.
-
-    Returns:
-        0 if every target that was measured is met.
-
-    Raises:
-        ConfigError: no benchmark has such a name, or the folder contains no package.
-    """
-    if beside is not None:
-        return report_versions("processes", WORKLOADS, beside, only)
+def main(only: str = "") -> int:
+    """Run every benchmark whose name contains `only`, print the report; 0 if every target that was measured is met."""
     parts: dict[str, Callable[[], list[Result]]] = {
         "large": large,
         "python": pure_python,
@@ -247,4 +234,4 @@ def main(only: str = "", beside: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(main(*sys.argv[1:]))

@@ -5,7 +5,6 @@ A child process runs one workload once. It has the package of one version, and t
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -19,7 +18,7 @@ from pathlib import Path
 import input_workers as iw
 from input_workers.bench.measure import ROUNDS, Drained, Result, report
 
-__all__ = ["Figure", "Workload", "figures_of", "report_versions", "run_in_child", "run_script"]
+__all__ = ["Figure", "Workload", "figures_of", "report_versions", "run_in_child"]
 
 HERE = Path(__file__).resolve().parent
 THIS_VERSION = HERE.parents[1]
@@ -146,15 +145,3 @@ def report_versions(benchmark: str, workloads: Mapping[str, Workload], beside: s
         },
         only,
     )
-
-
-def run_script(main: Callable[[str, str | None], int]) -> None:
-    """Run a benchmark that can be compared with another version, with the arguments of the command line, and exit."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("only", nargs="?", default="", help="run only those whose name contains this")
-    parser.add_argument("--beside", metavar="PATH", help="compare with the version of the package in this folder")
-    parsed = parser.parse_args()
-    try:
-        sys.exit(main(parsed.only, parsed.beside))
-    except iw.ConfigError as error:
-        sys.exit(f"error: {error}")

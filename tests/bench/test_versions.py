@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import input_workers as iw
+from input_workers import cli
 from input_workers.bench import core, processes, versions
 from input_workers.bench.versions import Figure, Workload
 
@@ -64,25 +65,25 @@ def test_a_package_that_fails_is_named_with_its_own_words(other):
 
 def test_a_folder_without_the_package_is_an_error(tmp_path):
     with pytest.raises(iw.ConfigError, match="--beside must be a folder that contains the package input_workers, got"):
-        core.main("", str(tmp_path))
+        versions.report_versions("core", core.WORKLOADS, str(tmp_path), "")
 
 
 @pytest.mark.parametrize("benchmark", [core, processes])
 def test_a_workload_that_does_not_exist_is_an_error(benchmark):
     with pytest.raises(iw.ConfigError, match="unknown part 'nosuch'"):
-        benchmark.main("nosuch", str(ROOT))
+        versions.report_versions(benchmark.__name__.split(".")[-1], benchmark.WORKLOADS, str(ROOT), "nosuch")
 
 
 def test_only_what_other_versions_can_run_is_compared(monkeypatch, capsys):
     compared = []
     monkeypatch.setattr(versions, "compare_versions", lambda benchmark, name, workload, other: compared.append(name) or [])
-    assert core.main("", str(ROOT)) == 0
+    assert cli.main(["bench", "core", "--beside", str(ROOT)]) == 0
     assert compared == [name for name in core.WORKLOADS if not name.startswith("large_")]
 
 
 @pytest.mark.parametrize("benchmark", ["core", "processes"])
 def test_the_command_line_says_which_part_is_unknown(benchmark):
-    command = [sys.executable, "-m", f"input_workers.bench.{benchmark}", "nosuch"]
+    command = [sys.executable, "-m", "input_workers", "bench", benchmark, "nosuch"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr.startswith("error: unknown part 'nosuch'; the parts are ")
